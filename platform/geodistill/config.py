@@ -1,0 +1,377 @@
+"""Every setting of every job, typed. Imports neither torch nor ray: a wrong config is refused in under a second.
+
+`load(file, overrides)` reads YAML over the defaults below, then `key=value` overrides, then `validate`s.
+"""
+
+import difflib
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from geodistill.language import SYSTEM
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: the message names the key and the remedy."""
+
+
+def option(default: Any, meaning: str, unit: str = "") -> Any:
+    """A dataclass field with the text that `--help` prints."""
+    return field(default=default, metadata={"help": meaning, "unit": unit})
+
+
+def section(kind: Callable[[], Any], meaning: str) -> Any:
+    """A nested group of settings."""
+    return field(default_factory=kind, metadata={"help": meaning, "unit": ""})
+
+
+@dataclass
+class DataConfig:
+    source: str = option("synthetic", "which reader makes the records: synthetic, class_folders, llava")
+    root: str = option("", "folder of the raw data set (not for synthetic)", "path")
+    annotations: str = option(
+        "", "llava: its JSON file; class_folders: optional JSON of captions and questions; absolute or below root", "path"
+    )
+    shards: str = option("${run}/data", "where prepare writes shards and the others read them", "path")
+    train: int = option(1920, "labelled training images (synthetic)", "images")
+    unlabelled: int = option(0, "training images whose answers are hidden (synthetic)", "images")
+    val: int = option(160, "validation images (synthetic)", "images")
+    test: int = option(320, "test images (synthetic)", "images")
+    unlabelled_fraction: float = option(0.0, "share of the training images whose answers are hidden", "0-1")
+    val_fraction: float = option(0.05, "share of the images for validation (not synthetic)", "0-1")
+    test_fraction: float = option(0.2, "share of the images for the test (not synthetic)", "0-1")
+    images_per_shard: int = option(512, "images in one Parquet file", "images")
+    images_per_group: int = option(8, "images in one Parquet row group, the unit of reading and of the shuffle", "images")
+    max_rejected: float = option(0.1, "share of bad records past which prepare fails", "0-1")
+    vocabulary: int = option(1024, "size of the tokenizer made from the training text", "tokens")
+    seed: int = option(0, "seed of the synthetic scenes and of the split (kept apart from the run's seed)")
+
+
+@dataclass
+class VisionConfig:
+    hidden: int = option(128, "width of the CLIP tower", "features")
+    layers: int = option(5, "layers of the CLIP tower", "layers")
+    heads: int = option(4, "attention heads of the CLIP tower", "heads")
+    patch: int = option(8, "side of a patch", "pixels")
+    image_size: int = option(64, "side of the square image the tower sees", "pixels")
+    feature_layer: int = option(-2, "hidden state that the projector reads (GeoChat: -2)")
+
+
+@dataclass
+class ModelConfig:
+    init: str = option("", "folder of a saved model to start from; empty: random weights of the sizes below", "path")
+    tower: str = option("", "folder of a saved CLIP vision tower to start from (with an empty init)", "path")
+    vision: VisionConfig = section(VisionConfig, "the CLIP tower, with empty init and tower")
+    hidden: int = option(192, "width of the language model", "features")
+    layers: int = option(4, "layers of the language model", "layers")
+    heads: int = option(4, "attention heads of the language model", "heads")
+    intermediate: int = option(512, "width of the language model's MLP", "features")
+    freeze_tower: bool = option(True, "keep the vision tower's weights fixed")
+
+
+@dataclass
+class TrainConfig:
+    method: str = option("sft", "sft: cross-entropy | kd: equations 1-3 | distill: the on-policy loop of Table 1")
+    splits: list[str] = field(
+        default_factory=lambda: ["train"],
+        metadata={"help": "shard splits whose images are drawn: train, unlabelled (distill only)", "unit": ""},
+    )
+    steps: int = option(400, "updates of the weights", "steps")
+    images_per_step: int = option(16, "global batch over all workers and accumulation steps", "images")
+    images_per_micro_batch: int = option(16, "images in one forward and backward of one worker", "images")
+    questions_per_row: int = option(8, "questions at most that share one image row (n)", "questions")
+    max_response: int = option(64, "longest response; a longer one in the data is set aside and counted", "tokens")
+    learning_rate: float = option(2e-3, "peak learning rate of AdamW")
+    final_learning_rate: float = option(0.1, "last learning rate as a share of the peak (cosine)", "0-1")
+    warmup: float = option(0.03, "share of the steps with rising learning rate", "0-1")
+    weight_decay: float = option(0.0, "AdamW weight decay")
+    max_grad_norm: float = option(1.0, "gradient norm to clip at; 0: no clipping")
+    blind: bool = option(False, "hide the image from the model (control: what language alone gives)")
+    log_every: int = option(20, "steps between two lines of progress", "steps")
+    validate_every: int = option(100, "steps between two passes over the validation split", "steps")
+    checkpoint_every: int = option(100, "steps between two checkpoints", "steps")
+
+
+@dataclass
+class LossConfig:
+    preset: str = option("paper", "paper | reference: how MiniLLM's published code shapes the long-term return")
+    alpha: float = option(0.2, "teacher's share of the sampling mixture p~ = alpha p + (1 - alpha) q", "0-1")
+    temperature: float = option(1.0, "temperature T of both distributions")
+    single: float = option(1.0, "weight of the single-step term")
+    long: float = option(1.0, "weight of the long-term term")
+    align: float = option(0.1, "weight of the feature alignment behind the projector (lambda_align)")
+    align_map: str = option("linear", "linear: learned map to the teacher's width | identity: widths must agree")
+    pretrain: float = option(1.0, "weight of the language-modelling term on pretrain_splits (lambda_pt)")
+    single_step_weighting: str = option("none", "weight of each single-step KL: none | importance (w_t)")
+    importance: str = option("token", "importance weight w: token (per token) | sequence (product over the response)")
+    length_norm: bool = option(True, "divide the return R_{t+1} by the number of tokens left")
+    updates_per_rollout: int = option(1, "updates made from one rollout; beyond the first with a clipped ratio", "updates")
+    ratio_clip: float = option(0.2, "clip of the ratio rho_t when a rollout is used again")
+    kd_alpha: float = option(0.5, "method kd: weight of T^2 KL(p||q) against 1 - kd_alpha of cross-entropy (eq. 3)", "0-1")
+    kd_temperature: float = option(1.0, "method kd: temperature T of equation 1")
+
+
+@dataclass
+class TeacherConfig:
+    model: ModelConfig = section(ModelConfig, "the teacher's sizes or folder")
+    train: TrainConfig = section(TrainConfig, "how finetune role=teacher trains it")
+
+
+@dataclass
+class StudentConfig:
+    model: ModelConfig = section(ModelConfig, "the student's sizes or folder")
+    train: TrainConfig = section(TrainConfig, "how finetune role=student trains the baseline")
+
+
+@dataclass
+class DistillConfig:
+    teacher: str = option("${run}/teacher/model", "the frozen teacher's folder", "path")
+    warm_start: TrainConfig = section(
+        lambda: TrainConfig(method="kd"), "Table 1, first part: kd on labelled data; 0 steps: start from student.model"
+    )
+    train: TrainConfig = section(lambda: TrainConfig(method="distill"), "Table 1, the loop")
+    pretrain_splits: list[str] = field(
+        default_factory=lambda: ["train"], metadata={"help": "shard splits of D_PT, the pre-training corpus", "unit": ""}
+    )
+    loss: LossConfig = section(LossConfig, "the terms of the objective")
+
+
+@dataclass
+class EvaluateConfig:
+    models: dict[str, str] = field(
+        default_factory=lambda: {
+            "teacher": "${run}/teacher/model",
+            "baseline": "${run}/baseline/model",
+            "distilled": "${run}/distill/model",
+        },
+        metadata={"help": "name -> model folder, in the order of the report", "unit": ""},
+    )
+    split: str = option("test", "shard split to answer")
+    images_per_batch: int = option(32, "images decoded together", "images")
+    questions_per_row: int = option(8, "questions at most that share one image row", "questions")
+    max_response: int = option(64, "longest answer", "tokens")
+    angle_counter_clockwise: bool = option(True, "sign of theta in the box text")
+    samples: int = option(12, "images drawn in the report", "images")
+
+
+@dataclass
+class ClusterConfig:
+    workers: int = option(1, "Ray Train workers", "processes")
+    cpus_per_worker: float = option(1.0, "logical CPUs that Ray reserves per worker", "CPUs")
+    threads_per_worker: int = option(0, "torch threads per worker; 0: all cores / workers", "threads")
+    use_gpu: bool = option(False, "one GPU per worker")
+    precision: str = option("fp32", "fp32 | bf16 (float32 losses either way)")
+    zero_stage: int = option(0, "DeepSpeed ZeRO stage of the student: 0, 1, 2")
+    data_tasks: int = option(1, "Ray Data tasks that decode at once for one worker", "tasks")
+    prefetch: int = option(4, "micro-batches fetched ahead", "micro-batches")
+
+
+@dataclass
+class Config:
+    run: str = option("runs/default", "folder of this run: data, models, metrics, report", "path")
+    seed: int = option(0, "seed of initial weights, order of data and sampling")
+    role: str = option("student", "finetune: teacher | student (the baseline) | blind (the baseline without images)")
+    system: str = option(SYSTEM, "system text at the head of every prompt")
+    data: DataConfig = section(DataConfig, "from raw data to shards")
+    teacher: TeacherConfig = section(TeacherConfig, "the teacher")
+    student: StudentConfig = section(StudentConfig, "the student")
+    distill: DistillConfig = section(DistillConfig, "distillation")
+    evaluate: EvaluateConfig = section(EvaluateConfig, "evaluation and report")
+    cluster: ClusterConfig = section(ClusterConfig, "processes, precision, ZeRO")
+
+
+def keys(kind: type = Config, prefix: str = "") -> list[tuple[str, str, Any, str, str]]:
+    """Every key as (name, type, default, unit, meaning), in the order of the file."""
+    found = []
+    for f in fields(kind):
+        name = prefix + f.name
+        if is_dataclass(f.type):
+            found += keys(f.type, name + ".")
+            continue
+        default = f.default if f.default is not MISSING else f.default_factory()
+        kind_name = getattr(f.type, "__name__", str(f.type)) if "[" not in str(f.type) else str(f.type)
+        found.append((name, kind_name, default, f.metadata["unit"], f.metadata["help"]))
+    return found
+
+
+def describe() -> str:
+    """The text of `--help`: one line a key with its default, unit and meaning."""
+    lines = []
+    for name, kind, default, unit, meaning in keys():
+        shown = f"{default!r}" if not isinstance(default, str) or default else "(empty)"
+        shown = shown if len(shown) < 40 else shown[:37] + "..."
+        lines.append(f"  {name}: {kind} = {shown}\n      {meaning}{f' [{unit}]' if unit else ''}")
+    return "\n".join(lines)
+
+
+def load(file: str | None, overrides: list[str] | None = None) -> Config:
+    """The resolved, validated settings of `file` (YAML) with `overrides` ("a.b=value") on top.
+
+    Raises ConfigError, with the key and the remedy, for a missing file, an unknown key, a wrong type or a contradiction.
+    """
+    tree = OmegaConf.structured(Config)
+    try:
+        if file is not None:
+            if not Path(file).is_file():
+                raise ConfigError(f"config file {file} does not exist; the shipped ones are in configs/")
+            tree = OmegaConf.merge(tree, OmegaConf.load(file))
+        for item in overrides or []:
+            if "=" not in item:
+                raise ConfigError(f"override {item!r} is not of the form key=value")
+        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides or [])))
+        config = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error, file)) from error
+    assert isinstance(config, Config)
+    validate(config)
+    return config
+
+
+def _explain(error: OmegaConfBaseException, file: str | None) -> str:
+    key = error.full_key or str(error.key)
+    known = [name for name, *_ in keys()]
+    where = f" (config {file})" if file else ""
+    if "not in" in str(error) or type(error).__name__ == "ConfigKeyError":
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        near = near or [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
+        hint = f"; did you mean {near[0]!r}?" if near else "; `--help` lists every key"
+        return f"unknown key {key!r}{where}{hint}"
+    for name, kind, default, _, _ in keys():
+        if name == key:
+            return f"key {key!r}{where}: {str(error).splitlines()[0]}; it takes {kind}, such as {default!r}"
+    return f"key {key!r}{where}: {str(error).splitlines()[0]}"
+
+
+def save(config: Config, file: str | Path) -> None:
+    """Write the resolved settings as YAML."""
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    Path(file).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def validate(config: Config) -> None:
+    """Raise ConfigError for the first contradiction, naming the keys and the remedy."""
+
+    def need(good: bool, message: str) -> None:
+        if not good:
+            raise ConfigError(message)
+
+    def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+        need(value in allowed, f"{key}={value!r} is none of {', '.join(allowed)}")
+
+    one_of("role", config.role, ("teacher", "student", "blind"))
+    one_of("data.source", config.data.source, ("synthetic", "class_folders", "llava"))
+    one_of("cluster.precision", config.cluster.precision, ("fp32", "bf16"))
+    need(config.cluster.zero_stage in (0, 1, 2), f"cluster.zero_stage={config.cluster.zero_stage}: use 0, 1 or 2")
+    need(config.cluster.workers >= 1, f"cluster.workers={config.cluster.workers} must be at least 1")
+    data = config.data
+    need(
+        data.source == "synthetic" or data.root != "",
+        f"data.source={data.source} needs data.root=FOLDER, the folder of the raw data set",
+    )
+    need(
+        data.source != "llava" or data.annotations != "",
+        f"data.source={data.source} needs data.annotations=FILE.json",
+    )
+    for name in ("unlabelled_fraction", "val_fraction", "test_fraction", "max_rejected"):
+        need(0 <= getattr(data, name) <= 1, f"data.{name}={getattr(data, name)} must lie between 0 and 1")
+    need(
+        data.val_fraction + data.test_fraction < 1,
+        f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction} leave no training images; "
+        "their sum must stay below 1",
+    )
+    need(data.images_per_group >= 1, "data.images_per_group must be at least 1")
+    need(
+        data.images_per_shard % data.images_per_group == 0,
+        f"data.images_per_shard={data.images_per_shard} must be a multiple of data.images_per_group={data.images_per_group}",
+    )
+    for role in ("teacher", "student"):
+        model = getattr(config, role).model
+        need(
+            model.hidden % model.heads == 0 and (model.hidden // model.heads) % 2 == 0,
+            f"{role}.model.hidden={model.hidden} must be {role}.model.heads={model.heads} times an even number",
+        )
+        vision = model.vision
+        need(
+            vision.image_size % vision.patch == 0,
+            f"{role}.model.vision.image_size={vision.image_size} must be a multiple of {role}.model.vision.patch={vision.patch}",
+        )
+    loss = config.distill.loss
+    one_of("distill.loss.preset", loss.preset, ("paper", "reference"))
+    one_of("distill.loss.align_map", loss.align_map, ("linear", "identity"))
+    one_of("distill.loss.single_step_weighting", loss.single_step_weighting, ("none", "importance"))
+    one_of("distill.loss.importance", loss.importance, ("token", "sequence"))
+    for name in ("alpha", "kd_alpha"):
+        need(0 <= getattr(loss, name) <= 1, f"distill.loss.{name}={getattr(loss, name)} must lie between 0 and 1")
+    for name in ("temperature", "kd_temperature"):
+        need(getattr(loss, name) > 0, f"distill.loss.{name}={getattr(loss, name)} must be above 0")
+    need(loss.updates_per_rollout >= 1, "distill.loss.updates_per_rollout must be at least 1")
+    need(
+        loss.preset == "paper" or loss.importance == "token",
+        "distill.loss.preset=reference uses per-token weights; set distill.loss.importance=token",
+    )
+    trains = {
+        "teacher.train": config.teacher.train,
+        "student.train": config.student.train,
+        "distill.warm_start": config.distill.warm_start,
+        "distill.train": config.distill.train,
+    }
+    for name, train in trains.items():
+        one_of(f"{name}.method", train.method, ("sft", "kd", "distill"))
+        for split in train.splits:
+            one_of(f"{name}.splits", split, ("train", "unlabelled"))
+        need(bool(train.splits), f"{name}.splits is empty; set it to [train]")
+        need(
+            "unlabelled" not in train.splits or train.method == "distill",
+            f"{name}.splits holds 'unlabelled', whose images have no answers, but {name}.method={train.method} "
+            f"learns from answers; set {name}.method=distill or {name}.splits=[train]",
+        )
+        need(train.steps >= 0, f"{name}.steps={train.steps} must not be negative")
+        for key in ("images_per_step", "images_per_micro_batch", "questions_per_row", "max_response", "log_every"):
+            need(getattr(train, key) >= 1, f"{name}.{key}={getattr(train, key)} must be at least 1")
+        share = train.images_per_micro_batch * config.cluster.workers
+        need(
+            train.images_per_step % share == 0,
+            f"{name}.images_per_step={train.images_per_step} must be a multiple of {name}.images_per_micro_batch="
+            f"{train.images_per_micro_batch} times cluster.workers={config.cluster.workers} ({share})",
+        )
+        need(
+            train.images_per_micro_batch % data.images_per_group == 0,
+            f"{name}.images_per_micro_batch={train.images_per_micro_batch} must be a multiple of "
+            f"data.images_per_group={data.images_per_group}, the unit of reading",
+        )
+        need(0 <= train.warmup < 1, f"{name}.warmup={train.warmup} must lie in [0, 1)")
+    need(config.teacher.train.method == "sft", "teacher.train.method must be sft: the teacher has no teacher")
+    need(config.student.train.method == "sft", "student.train.method must be sft; for kd use jobs/distill.py")
+    need(
+        config.distill.warm_start.method in ("sft", "kd"),
+        "distill.warm_start.method must be kd or sft; the on-policy loop is distill.train",
+    )
+
+
+def from_command_line(job: str, argv: list[str] | None = None) -> Config:
+    """Parse `--config FILE [key=value ...]`; print help or the error and leave (0 or 2) where nothing can be run."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    usage = f"usage: python jobs/{job}.py --config FILE [key=value ...]"
+    if "--help" in arguments or "-h" in arguments:
+        print(f"{usage}\n\nkeys, with type, default, meaning and [unit]:\n{describe()}")
+        raise SystemExit(0)
+    file = None
+    if "--config" in arguments:
+        at = arguments.index("--config")
+        if at + 1 >= len(arguments):
+            print(f"{job}: --config needs a file\n{usage}", file=sys.stderr)
+            raise SystemExit(2)
+        file = arguments[at + 1]
+        del arguments[at : at + 2]
+    try:
+        if file is None:
+            raise ConfigError(f"--config is missing; {usage}")
+        return load(file, arguments)
+    except ConfigError as error:
+        print(f"{job}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

@@ -1,0 +1,200 @@
+"""Image rows: one image and up to n of its questions in one sequence. Pure torch, no ray.
+
+    [image prefix][prompt 1]...[prompt n] | [response tokens of all branches]
+                 prompt region P          |        response region C
+
+Every token has a branch (0 the shared prefix, 1..n a question, -1 padding) and a position in its own branch. It attends to
+the prefix and to its own branch, up to its own position: that rule alone makes the mask, whatever the order of the
+columns. The last token of each prompt opens the response region, because its output predicts the first response token.
+
+Shapes: R rows, n branches a row, P prompt columns, C response columns, T longest response, M response tokens in all.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from geodistill.data.record import BadRecord, Conversation
+
+PADDING = -1
+
+
+@dataclass
+class Question:
+    """One branch before packing. `prompt`, `response`: token ids after the image; response None: to be written."""
+
+    prompt: list[int]
+    response: list[int] | None
+    task: str
+    category: str = ""
+    text: str = ""
+    references: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Rows:
+    """A batch of image rows up to the responses. `questions[r][b]` is branch b + 1 of row r."""
+
+    image_R: Tensor  # which image of the batch each row shows
+    ids_RP: Tensor  # prefix and prompts without their last token
+    branch_RP: Tensor
+    position_RP: Tensor
+    last_Rn: Tensor  # last token of each prompt
+    start_Rn: Tensor  # its position
+    alive_Rn: Tensor  # False: this row has fewer questions
+    questions: list[list[Question]]
+
+    def to(self, device: torch.device | str) -> "Rows":
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+
+@dataclass
+class Responses:
+    """The response region of a batch of rows: token ids to feed, what each must predict, and where it belongs."""
+
+    ids_RC: Tensor
+    branch_RC: Tensor
+    position_RC: Tensor
+    target_RC: Tensor
+    valid_RC: Tensor
+    step_RC: Tensor  # t of each response token in its branch
+
+    @property
+    def flat(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(target, sequence, step), each [M], of the valid tokens, row by row and branch by branch.
+
+        A sequence number is row * n' + branch, unique over the batch but not dense.
+        """
+        width = int(self.branch_RC.max()) + 1 if self.branch_RC.numel() else 1
+        rows = torch.arange(len(self.ids_RC), device=self.ids_RC.device)[:, None]
+        sequence_RC = rows * width + self.branch_RC
+        return self.target_RC[self.valid_RC], sequence_RC[self.valid_RC], self.step_RC[self.valid_RC]
+
+
+def attends(branch_q: Tensor, position_q: Tensor, branch_k: Tensor, position_k: Tensor) -> Tensor:
+    """The row mask, bool [R, 1, Q, K]: may query token i see key token j? Padding sees the prefix, nothing sees padding."""
+    same = (branch_k[:, None, :] == 0) | (branch_k[:, None, :] == branch_q[:, :, None])
+    return (same & (position_k[:, None, :] <= position_q[:, :, None]))[:, None]
+
+
+class Packer:
+    """Turns conversations into questions, and questions into rows, with one tokenizer and prompt template.
+
+    tokenizer: a transformers fast tokenizer with a chat template; image_tokens: how many tokens an image takes.
+    """
+
+    def __init__(self, tokenizer, image_token: str, image_tokens: int, max_response: int, questions_per_row: int):
+        self.tokenizer = tokenizer
+        self.image_token = image_token
+        self.image_id = tokenizer.convert_tokens_to_ids(image_token)
+        self.image_tokens = image_tokens
+        self.max_response = max_response
+        self.questions_per_row = questions_per_row
+        before, _ = self._split(self._prompt([], "?"))
+        self.prefix = before[:-1] + [self.image_id] * image_tokens
+
+    def _prompt(self, history: list[tuple[str, str]], question: str) -> str:
+        messages: list[dict] = []
+        for i, (q, a) in enumerate([*history, (question, None)]):
+            parts: list[dict] = [{"type": "text", "text": q}]
+            messages.append({"role": "user", "content": [{"type": "image"}, *parts] if i == 0 else parts})
+            if a is not None:
+                messages.append({"role": "assistant", "content": [{"type": "text", "text": a}]})
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def _split(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of `text` up to and after its image token (a special token, so neither side touches the other)."""
+        ids = self.tokenizer(text).input_ids
+        at = ids.index(self.image_id)
+        return ids[: at + 1], ids[at + 1 :]
+
+    def questions(self, record: str, conversations: list[Conversation], with_answers: bool = True) -> list[Question]:
+        """Every turn whose earlier turns have answers, as a question. Raises BadRecord for a response over the limit."""
+        found = []
+        for i, conversation in enumerate(conversations):
+            for j, (question, answer) in enumerate(conversation.turns):
+                history = conversation.turns[:j]
+                if any(a is None for _, a in history):
+                    break
+                text = self._prompt([(q, a) for q, a in history if a is not None], question)
+                prompt = self._split(text)[1]
+                response = None
+                if answer is not None:
+                    full = self._split(f"{text} {answer}{self.tokenizer.eos_token}")[1]
+                    response = full[len(prompt) :]
+                    if len(response) > self.max_response:
+                        raise BadRecord(
+                            record,
+                            f"conversations[{i}].turns[{j}].answer",
+                            f"{len(response)} tokens are over the limit max_response={self.max_response}",
+                        )
+                last = j == len(conversation.turns) - 1
+                references = conversation.references if last and conversation.references else [answer] if answer else []
+                found.append(
+                    Question(
+                        prompt, response if with_answers else None, conversation.task, conversation.category, question, references
+                    )
+                )
+        return found
+
+    def pack(self, images: list[list[Question]]) -> Rows:
+        """Questions of each image -> rows. An image with more than `questions_per_row` makes several, evenly filled."""
+        questions, image = [], []
+        for i, asked in enumerate(images):
+            pieces = -(-len(asked) // self.questions_per_row)
+            for k in range(pieces):
+                questions.append(asked[k * len(asked) // pieces : (k + 1) * len(asked) // pieces])
+                image.append(i)
+        width = max(len(row) for row in questions)
+        columns = max(len(self.prefix) + sum(len(q.prompt) - 1 for q in row) for row in questions)
+        shape = (len(questions), columns)
+        ids = torch.full(shape, self.tokenizer.pad_token_id)
+        branch, position = torch.full(shape, PADDING), torch.zeros(shape, dtype=torch.long)
+        last = torch.full((len(questions), width), self.tokenizer.pad_token_id)
+        start, alive = torch.zeros_like(last), torch.zeros_like(last, dtype=torch.bool)
+        prefix = len(self.prefix)
+        for r, row in enumerate(questions):
+            flat, branches, positions = list(self.prefix), [0] * prefix, list(range(prefix))
+            for b, question in enumerate(row):
+                length = len(question.prompt) - 1
+                flat += question.prompt[:-1]
+                branches += [b + 1] * length
+                positions += range(prefix, prefix + length)
+                last[r, b], start[r, b], alive[r, b] = question.prompt[-1], prefix + length, True
+            ids[r, : len(flat)] = torch.tensor(flat)
+            branch[r, : len(flat)] = torch.tensor(branches)
+            position[r, : len(flat)] = torch.tensor(positions)
+        return Rows(torch.tensor(image), ids, branch, position, last, start, alive, questions)
+
+    def written(self, rows: Rows) -> Responses:
+        """The response region of the answers in the data (questions without one take no part)."""
+        answers = [[q.response or [] for q in row] for row in rows.questions]
+        longest = max((len(a) for row in answers for a in row), default=0)
+        tokens = torch.full((*rows.last_Rn.shape, max(longest, 1)), self.tokenizer.pad_token_id)
+        lengths = torch.zeros_like(rows.last_Rn)
+        for r, row in enumerate(answers):
+            for b, answer in enumerate(row):
+                tokens[r, b, : len(answer)] = torch.tensor(answer, dtype=torch.long)
+                lengths[r, b] = len(answer)
+        return respond(rows, tokens.to(rows.last_Rn.device), lengths)
+
+
+def respond(rows: Rows, tokens_RnT: Tensor, length_Rn: Tensor) -> Responses:
+    """Place responses behind their rows, without gaps: [R, n, T] padded tokens -> a response region [R, C]."""
+    R, n, T = tokens_RnT.shape
+    valid = (torch.arange(T, device=tokens_RnT.device) < length_Rn[..., None]).reshape(R, n * T)
+    columns = max(int(valid.sum(1).max()), 1)
+    order = torch.argsort((~valid).to(torch.uint8), dim=1, stable=True)[:, :columns]
+    valid_RC = valid.gather(1, order)
+    b, t = order // T, order % T
+    fed = torch.cat([rows.last_Rn[..., None], tokens_RnT[..., :-1]], dim=2).reshape(R, n * T)
+    return Responses(
+        ids_RC=fed.gather(1, order),
+        branch_RC=torch.where(valid_RC, b + 1, PADDING),
+        position_RC=torch.where(valid_RC, rows.start_Rn.gather(1, b) + t, 0),
+        target_RC=tokens_RnT.reshape(R, n * T).gather(1, order),
+        valid_RC=valid_RC,
+        step_RC=t,
+    )

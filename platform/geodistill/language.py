@@ -1,0 +1,148 @@
+"""The remote-sensing language: task tokens, prompt template, and box text <-> geometry (GeoChat's conventions)."""
+
+import math
+import re
+from dataclasses import dataclass
+
+GROUNDING, IDENTIFY, REFER = "[grounding]", "[identify]", "[refer]"
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+IMAGE, BOS, EOS, PAD = "<image>", "<s>", "</s>", "<pad>"
+DELIM = "<delim>"
+
+# What a conversation is for. A report groups them under the four tasks of the paper.
+TASKS = (
+    "scene_classification",
+    "vqa",
+    "grounding",
+    "captioning",
+    "region_captioning",
+    "grounded_captioning",
+    "conversation",
+    "complex_question",
+    "detection",
+)
+TASK_GROUP = {
+    "scene_classification": "scene_classification",
+    "vqa": "vqa",
+    "grounding": "grounding",
+    "captioning": "captioning",
+    "region_captioning": "captioning",
+}
+
+_NUMBER = r"<\s*(-?\d+)\s*>"
+_BOX = re.compile(r"\{" + _NUMBER * 4 + r"(?:\|" + _NUMBER + r")?\}")
+_LABEL = re.compile(r"<p>(.*?)</p>")
+
+
+@dataclass(frozen=True)
+class Box:
+    """An oriented box. x1, y1, x2, y2: the unrotated rectangle in percent of image width / height; theta: degrees.
+
+    The rectangle is turned about its own centre by `theta`, counter-clockwise as seen on the screen
+    unless a reader asks for the other sign. Values outside 0-100 are legal before the turn.
+    """
+
+    x1: int
+    y1: int
+    x2: int
+    y2: int
+    theta: int = 0
+
+
+def format_box(box: Box) -> str:
+    """Box -> GeoChat's text, `{<x1><y1><x2><y2>|<theta>}` (equation 11 of the paper)."""
+    return f"{{<{box.x1}><{box.y1}><{box.x2}><{box.y2}>|<{box.theta}>}}"
+
+
+def format_boxes(boxes: list[Box]) -> str:
+    """Several boxes of one phrase, joined by `<delim>`."""
+    return DELIM.join(format_box(b) for b in boxes)
+
+
+def parse_boxes(text: str) -> list[Box]:
+    """Every box in `text`, in order. A missing angle is 0. Text without a box gives an empty list."""
+    return [Box(*(int(v) if v is not None else 0 for v in m.groups())) for m in _BOX.finditer(text)]
+
+
+def parse_labels(text: str) -> list[tuple[str, list[Box]]]:
+    """`<p>label</p> {box}<delim>{box} ...` -> [(label, boxes)]; boxes before any label get the label ""."""
+    starts = [(m.end(), m.start(), m.group(1).strip()) for m in _LABEL.finditer(text)]
+    pieces = [("", text[: starts[0][1]] if starts else text)]
+    for i, (end, _, label) in enumerate(starts):
+        pieces.append((label, text[end : starts[i + 1][1] if i + 1 < len(starts) else len(text)]))
+    found = [(label, parse_boxes(piece)) for label, piece in pieces]
+    return [(label, boxes) for label, boxes in found if boxes]
+
+
+def box_corners(box: Box, width: float, height: float, counter_clockwise: bool = True) -> list[tuple[float, float]]:
+    """The four corners (x, y) in pixels of an image of `width` x `height`, top-left first before the turn.
+
+    The turn happens in pixels, so a square object stays square in an image that is not.
+    """
+    x1, x2 = box.x1 * width / 100, box.x2 * width / 100
+    y1, y2 = box.y1 * height / 100, box.y2 * height / 100
+    cx, cy = (x1 + x2) / 2, (y1 + y2) / 2
+    angle = math.radians(box.theta if counter_clockwise else -box.theta)
+    cos, sin = math.cos(angle), math.sin(angle)
+    return [
+        (cx + (x - cx) * cos + (y - cy) * sin, cy - (x - cx) * sin + (y - cy) * cos)
+        for x, y in ((x1, y1), (x2, y1), (x2, y2), (x1, y2))
+    ]
+
+
+def box_from_center(cx: float, cy: float, w: float, h: float, theta: float, width: float, height: float) -> Box:
+    """Pixels -> box text units. (cx, cy) centre, w x h the unrotated size, theta degrees counter-clockwise on screen."""
+    return Box(
+        round(100 * (cx - w / 2) / width),
+        round(100 * (cy - h / 2) / height),
+        round(100 * (cx + w / 2) / width),
+        round(100 * (cy + h / 2) / height),
+        round(theta),
+    )
+
+
+def check_boxes(text: str) -> str | None:
+    """The reason why a box in `text` cannot be used, or None: a degenerate box, or a corner far outside the image."""
+    for box in parse_boxes(text):
+        if box.x1 >= box.x2 or box.y1 >= box.y2:
+            return f"box {format_box(box)} has x1 >= x2 or y1 >= y2"
+        if min(box.x1, box.y1, box.x2, box.y2) < -100 or max(box.x1, box.y1, box.x2, box.y2) > 200:
+            return f"box {format_box(box)} lies far outside 0-100"
+    return None
+
+
+def chat_template(system: str = SYSTEM, user: str = "USER", assistant: str = "ASSISTANT") -> str:
+    """The Jinja chat template of GeoChat's prompt, for the processor: image first, then the turns.
+
+    `{system} USER: <image>\\n{question} ASSISTANT: {answer}</s>USER: ...`; content is text or a list of parts.
+    """
+    text = (
+        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+        "{% for part in message['content'] %}{% if part['type'] == 'image' %}" + IMAGE + "{{ '\\n' }}{% endif %}{% endfor %}"
+        "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+        "{% endif %}"
+    )
+    return (
+        "{{ " + repr(system + " ") + " }}{% for message in messages %}"
+        "{% if message['role'] == 'user' %}" + user + ": " + text + "{{ ' ' }}"
+        "{% else %}" + assistant + ": " + text + EOS + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}" + assistant + ":{% endif %}"
+    )
+
+
+def image_prefix(system: str = SYSTEM, user: str = "USER") -> str:
+    """The text before and at the image, shared by every question on it (the prefix of an image row)."""
+    return f"{system} {user}: {IMAGE}\n"
+
+
+def branch_prompt(history: list[tuple[str, str]], question: str, user: str = "USER", assistant: str = "ASSISTANT") -> str:
+    """What follows the image prefix for one question: earlier turns (multi-round), the question, the assistant's cue.
+
+    The answer that follows is `" " + answer + EOS`.
+    """
+    text = "".join(f"{q} {assistant}: {a}{EOS}{user}: " for q, a in history)
+    return f"{text}{question} {assistant}:"

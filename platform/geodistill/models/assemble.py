@@ -1,0 +1,228 @@
+"""Build, load, save and check the models: a transformers LLaVA (CLIP tower, two-layer projector, Llama) and its processor."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPImageProcessorPil,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from geodistill.config import ModelConfig
+from geodistill.data.rows import Responses, Rows, attends
+from geodistill.language import BOS, EOS, IMAGE, PAD, chat_template
+from geodistill.models.vision import load_tower, new_tower
+
+
+def new_tokenizer(texts: Iterable[str], vocabulary: int, system: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer learned from `texts`, in which every number from 0 to 100 is one token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[PAD, BOS, EOS, IMAGE],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    numbers = "".join(f"<{i}>" for i in range(181)) + "{<0><0><0><0>|<0>}"
+
+    def corpus() -> Iterable[str]:
+        yield system + " USER: ASSISTANT:"
+        for text in texts:
+            yield " " + text
+        for _ in range(10_000):
+            yield numbers
+
+    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        additional_special_tokens=[IMAGE],
+        chat_template=chat_template(system),
+        padding_side="left",
+    )
+
+
+def new_processor(tokenizer: PreTrainedTokenizerFast, image_size: int, patch: int) -> LlavaProcessor:
+    """The processor of a model: square images of `image_size` pixels, GeoChat's prompt."""
+    size = {"height": image_size, "width": image_size}
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False),
+        tokenizer=tokenizer,
+        patch_size=patch,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token=IMAGE,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def new_model(sizes: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+    """A LLaVA with random weights (and the tower of `sizes.tower`, where given)."""
+    tower = load_tower(sizes.tower) if sizes.tower else new_tower(sizes.vision)
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.intermediate,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.heads,
+        max_position_embeddings=4096,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        vision_feature_layer=sizes.vision.feature_layer,
+        image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
+        tie_word_embeddings=False,
+    )
+    model = LlavaForConditionalGeneration(config)
+    if sizes.tower:
+        model.model.vision_tower.load_state_dict(tower.state_dict())
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def load(folder: str | Path):
+    """(model, processor) of a saved folder. Raises ValueError where the folder is missing or its weights do not fit."""
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{folder} holds no model (config.json is missing); run the job that writes it, or correct the path")
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+    )
+    wrong = {k: sorted(v) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if (v := info.get(k))}
+    if wrong:
+        raise ValueError(f"{folder}: the weights do not fit its config.json: {wrong}")
+    return model, AutoProcessor.from_pretrained(folder)
+
+
+def save(model, processor, folder: str | Path) -> None:
+    """Write a folder that plain transformers loads, whole or not at all."""
+    folder = Path(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    if folder.exists():
+        old = folder.with_name(folder.name + ".old")
+        folder.rename(old)
+        partial.rename(folder)
+        for file in old.iterdir():
+            file.unlink()
+        old.rmdir()
+    else:
+        partial.rename(folder)
+
+
+def image_tokens(model) -> int:
+    """How many tokens an image takes in a LLaVA."""
+    vision = model.config.vision_config
+    return (vision.image_size // vision.patch_size) ** 2
+
+
+def check_pair(teacher: str | Path, student_vocabulary: dict[str, int], student_image_tokens: int) -> None:
+    """Raise ValueError before any weight is loaded if teacher and student cannot write one response together."""
+    folder = Path(teacher)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"distill.teacher={folder} holds no model (config.json is missing); run finetune role=teacher first")
+    config = json.loads((folder / "config.json").read_text())
+    vision = config["vision_config"]
+    tokens = (vision["image_size"] // vision["patch_size"]) ** 2
+    if tokens != student_image_tokens:
+        raise ValueError(
+            f"the teacher {folder} sees {tokens} image tokens, the student {student_image_tokens}: "
+            "give student.model.vision the teacher's image_size and patch"
+        )
+    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+    if vocabulary != student_vocabulary:
+        odd = sorted(set(vocabulary.items()) ^ set(student_vocabulary.items()))[:3]
+        raise ValueError(
+            f"teacher {folder} ({len(vocabulary)} tokens) and student ({len(student_vocabulary)} tokens) have different "
+            f"vocabularies, for example {odd}: token distributions can only be compared over one vocabulary"
+        )
+
+
+def same_tower(a, b) -> bool:
+    """Do two models hold the same vision tower, weight for weight, and read the same layer of it?"""
+    left, right = a.model.vision_tower.state_dict(), b.model.vision_tower.state_dict()
+    return (
+        left.keys() == right.keys()
+        and a.config.vision_feature_layer == b.config.vision_feature_layer
+        and all(left[k].shape == right[k].shape and torch.equal(left[k], right[k]) for k in left)
+    )
+
+
+class RowModel(nn.Module):
+    """A LLaVA that reads image rows. `align`: the learned map A of L_align, trained with the student, never exported."""
+
+    def __init__(self, model, align: nn.Module | None = None, freeze_tower: bool = True):
+        super().__init__()
+        self.model = model
+        self.align = align
+        self.tower_frozen = freeze_tower
+        if freeze_tower:
+            model.model.vision_tower.requires_grad_(False)
+
+    def see(self, pixels_BCHW: Tensor) -> Tensor:
+        """Normalised images -> tower features [B, N, H]."""
+        config = self.model.config
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.tower_frozen):
+            output = self.model.model.vision_tower(pixel_values=pixels_BCHW.to(self.model.dtype), output_hidden_states=True)
+        return output.hidden_states[config.vision_feature_layer][:, 1:]
+
+    def project(self, features_BNH: Tensor) -> Tensor:
+        """Tower features -> image embeddings z [B, N, D]."""
+        return self.model.model.multi_modal_projector(features_BNH)
+
+    def hidden(self, ids_RQ: Tensor, position_RQ: Tensor, mask_R1QK: Tensor, z_RND: Tensor | None = None, cache=None) -> Tensor:
+        """Last hidden states [R, Q, D]. `z_RND` replaces the image tokens of `ids_RQ`; `cache` is extended in place."""
+        embeds = self.model.get_input_embeddings()(ids_RQ)
+        if z_RND is not None:
+            at_image = (ids_RQ == self.model.config.image_token_id)[..., None]
+            embeds = embeds.masked_scatter(at_image, z_RND.to(embeds.dtype))
+        return self.model.model.language_model(
+            inputs_embeds=embeds,
+            position_ids=position_RQ,
+            attention_mask=mask_R1QK,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., D] -> logits [..., V]."""
+        return self.model.lm_head(hidden)
+
+    def forward(
+        self, rows: Rows, responses: Responses, features_BNH: Tensor | None, pixels_BCHW: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [M, V] of the valid response tokens, and z [B, N, D] (through `align` where there is one).
+
+        features_BNH: tower features; None: the tower is trained and runs here, on `pixels_BCHW`.
+        """
+        z = self.project(self.see(pixels_BCHW) if features_BNH is None else features_BNH)
+        branch = torch.cat([rows.branch_RP, responses.branch_RC], 1)
+        position = torch.cat([rows.position_RP, responses.position_RC], 1)
+        ids = torch.cat([rows.ids_RP, responses.ids_RC], 1)
+        hidden = self.hidden(ids, position, attends(branch, position, branch, position), z[rows.image_R])
+        logits = self.head(hidden[:, rows.ids_RP.shape[1] :][responses.valid_RC])
+        return logits, z if self.align is None else self.align(z)
