@@ -151,6 +151,9 @@ class EvaluateConfig:
         },
         metadata={"help": "name -> model folder, in the order of the report", "unit": ""},
     )
+    blind: list[str] = field(
+        default_factory=lambda: ["blind"], metadata={"help": "models of that list that answer without the image", "unit": ""}
+    )
     split: str = option("test", "shard split to answer")
     images_per_batch: int = option(32, "images decoded together", "images")
     questions_per_row: int = option(8, "questions at most that share one image row", "questions")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
     CLIPImageProcessorPil,
     LlamaConfig,
     LlavaConfig,
@@ -57,6 +58,13 @@ def new_tokenizer(texts: Iterable[str], vocabulary: int, system: str) -> PreTrai
         chat_template=chat_template(system),
         padding_side="left",
     )
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model folder, or of the shards. Raises ValueError where there is none."""
+    if not (Path(folder) / "tokenizer.json").is_file():
+        raise ValueError(f"{folder} holds no tokenizer.json; run jobs/prepare.py first, or correct the path")
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def new_processor(tokenizer: PreTrainedTokenizerFast, image_size: int, patch: int) -> LlavaProcessor:
@@ -138,6 +146,14 @@ def image_tokens(model) -> int:
     """How many tokens an image takes in a LLaVA."""
     vision = model.config.vision_config
     return (vision.image_size // vision.patch_size) ** 2
+
+
+def forbidden_tokens(tokenizer, vocabulary: int) -> Tensor:
+    """bool [vocabulary]: special tokens that no response may hold (image, padding, start); the end token may."""
+    forbidden = torch.zeros(vocabulary, dtype=torch.bool)
+    names = (IMAGE, tokenizer.pad_token, tokenizer.bos_token)
+    forbidden[[tokenizer.convert_tokens_to_ids(name) for name in names if name]] = True
+    return forbidden
 
 
 def check_pair(teacher: str | Path, student_vocabulary: dict[str, int], student_image_tokens: int) -> None:

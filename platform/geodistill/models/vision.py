@@ -5,6 +5,7 @@ localise. Supervising every patch first (what lies under it, and that object's b
 Shapes: B images, N patches, H features.
 """
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoModelForImageTextToText, CLIPVisionConfig, CLIPVisionModel
 
 from geodistill.config import VisionConfig
 from geodistill.data import synthetic
@@ -162,12 +163,16 @@ def pretrain_tower(
         if (step + 1) % 100 == 0 or step + 1 == steps:
             rate = (step + 1) / (time.time() - started)
             shown = " ".join(f"{k} {v:.2f}" for k, v in metrics.items())
-            report(
-                f"tower step {step + 1}/{steps} loss {loss.item():.2f} {shown} ({rate:.1f} steps/s, {(steps - step - 1) / rate:.0f} s left)"
-            )
+            left = (steps - step - 1) / rate
+            report(f"tower step {step + 1}/{steps} loss {loss.item():.2f} {shown} ({rate:.1f} steps/s, {left:.0f} s left)")
     return metrics
 
 
 def load_tower(folder: str | Path) -> CLIPVisionModel:
-    """A tower that `save_pretrained` wrote."""
-    return CLIPVisionModel.from_pretrained(folder)
+    """The tower of a folder that holds a CLIP vision tower or a whole LLaVA. Raises ValueError where there is neither."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no model (config.json is missing); correct model.tower")
+    if json.loads(file.read_text())["model_type"] == "llava":
+        return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).model.vision_tower
+    return CLIPVisionModel.from_pretrained(folder, dtype=torch.float32)

@@ -1,0 +1,34 @@
+# make demo   the whole way on generated scenes, about a quarter of an hour on two cores
+# make test   the tests            make lint   ruff and mypy            make demo-teacher   make the shipped teacher again
+PYTHON ?= python3
+CONFIG ?= configs/demo.yaml
+ARGS ?=
+export RAY_ADDRESS ?= local
+PY = .venv/bin/python
+
+.PHONY: demo demo-seeds demo-teacher test lint clean
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed; try: make PYTHON=python3.11 $(MAKECMDGOALS)" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: .venv/installed
+	$(PY) jobs/prepare.py --config $(CONFIG) $(ARGS)
+	$(PY) jobs/finetune.py --config $(CONFIG) role=teacher $(ARGS)
+	$(PY) jobs/finetune.py --config $(CONFIG) role=student $(ARGS)
+	$(PY) jobs/finetune.py --config $(CONFIG) role=blind $(ARGS)
+	$(PY) jobs/distill.py --config $(CONFIG) $(ARGS)
+	$(PY) jobs/evaluate.py --config $(CONFIG) $(ARGS)
+
+test: .venv/installed
+	$(PY) -m pytest
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+clean:
+	rm -rf .venv runs

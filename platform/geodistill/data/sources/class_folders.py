@@ -1,0 +1,92 @@
+"""Scene data sets stored as root/<Class>/<image>: AID, UCMerced, NWPU-RESISC45, EuroSAT.
+
+data.annotations may add human captions and questions: a JSON list of
+{"image": "Class/file.jpg", "captions": [text], "questions": [{"question", "answer", "type"}]}.
+"""
+
+import re
+from pathlib import Path
+
+from geodistill.config import DataConfig
+from geodistill.data.record import BadRecord, Conversation, ImageRecord
+from geodistill.data.sources.base import IMAGE_SUFFIXES, Item, bad_item, clean, read_annotations, read_image, root_of, split_of
+from geodistill.language import SHORT_ANSWER
+
+ASK_CLASS = f"What is the class of this scene? {SHORT_ANSWER}"
+ASK_CAPTION = "Describe the image in one sentence."
+
+
+def class_name(folder: str) -> str:
+    """A folder's name as an answer: "SparseResidential" -> "sparse residential", "baseball_diamond" -> "baseball diamond"."""
+    return clean(re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_", " ", folder)).lower()
+
+
+class ClassFolders:
+    def __init__(self, data: DataConfig):
+        self.data, self.root = data, Path(data.root)
+
+    def items(self) -> list[Item]:
+        """One item an image, in order of path, then one for each unusable annotation. ValueError: no image, no annotations."""
+        images = sorted(
+            f"{folder.name}/{file.name}"
+            for folder in root_of(self.data).iterdir()
+            if folder.is_dir() and not folder.name.startswith(".")
+            for file in folder.iterdir()
+            if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+        )
+        if not images:
+            raise ValueError(
+                f"no image found as data.root={self.data.root}/<Class>/<image> ({', '.join(IMAGE_SUFFIXES)}); "
+                "set data.root to the folder that holds one folder a class"
+            )
+        refs = {image: {"file": image, "class": class_name(image.split("/")[0])} for image in images}
+        rejected = self._annotate(refs) if self.data.annotations else []
+        return [Item(split_of(self.data, image), image, ref) for image, ref in refs.items()] + rejected
+
+    def _annotate(self, refs: dict[str, dict]) -> list[Item]:
+        """Add "captions" and "questions" to the refs that data.annotations names; return what cannot be used."""
+        path, entries = read_annotations(self.data)
+        rejected = []
+
+        def reject(record: str, field: str, reason: str) -> None:
+            rejected.append(bad_item(self.data, path, BadRecord(record, field, reason)))
+
+        for i, entry in enumerate(entries):
+            entry = entry if isinstance(entry, dict) else {}
+            image = clean(entry.get("image"))
+            if image not in refs:
+                reject(image or f"[{i}]", "image", "does not exist below data.root" if image else "is missing")
+                continue
+            for key in ("captions", "questions"):
+                if not isinstance(entry.get(key, []), list):
+                    reject(image, key, "is not a list")
+                    entry[key] = []
+            for j, caption in enumerate(entry.get("captions", [])):
+                if clean(caption):
+                    refs[image].setdefault("captions", []).append(clean(caption))
+                else:
+                    reject(image, f"captions[{j}]", "is empty")
+            for j, asked in enumerate(entry.get("questions", [])):
+                asked = asked if isinstance(asked, dict) else {}
+                texts = {key: clean(asked.get(key)) for key in ("question", "answer", "type")}
+                empty = [key for key in ("question", "answer") if not texts[key]]
+                if empty:
+                    reject(image, f"questions[{j}].{empty[0]}", "is empty")
+                else:
+                    refs[image].setdefault("questions", []).append(texts)
+        return rejected
+
+    def make(self, item: Item) -> ImageRecord:
+        """The class question, the captions and the questions of one image. Raises BadRecord."""
+        image, width, height = read_image(self.root, item)
+        captions = item.ref.get("captions", [])
+        found = [Conversation("scene_classification", [(ASK_CLASS, item.ref["class"])])]
+        if captions and item.split in ("train", "val"):
+            found += [Conversation("captioning", [(ASK_CAPTION, caption)]) for caption in captions]
+        elif captions:
+            found.append(Conversation("captioning", [(ASK_CAPTION, captions[0])], references=captions))
+        for asked in item.ref.get("questions", []):
+            found.append(Conversation("vqa", [(f"{asked['question']} {SHORT_ANSWER}", asked["answer"])], asked["type"]))
+        if item.split == "unlabelled":
+            found = [conversation.unlabelled() for conversation in found]
+        return ImageRecord(item.id, image, width, height, found)

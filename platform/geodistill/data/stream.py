@@ -1,0 +1,151 @@
+"""Ray Data: shards -> decode -> questions -> micro-batches, in an order that a seed and a step number alone decide.
+
+The unit is the row group (a few images that `prepare` has shuffled). Epochs of permuted groups form one endless sequence;
+step s of a run takes the next `images_per_step / images_per_group` groups of it, whatever the number of workers, and a
+worker streams its own part through Ray Data tasks. So a run resumes at any step with the next unseen group.
+"""
+
+import functools
+import json
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import ray.data
+from PIL import Image
+
+from geodistill.config import Config, TrainConfig
+from geodistill.data.record import BadRecord, ImageRecord, open_image
+from geodistill.data.rows import Packer, Question
+from geodistill.data.shards import Group, groups, load_manifest, read_group
+from geodistill.models.vision import CLIP_MEAN
+
+
+@dataclass
+class MicroBatch:
+    """pixels uint8 [B, S, S, 3]; the questions of each image; what was set aside, with its reason."""
+
+    ids: list[str]
+    pixels: np.ndarray
+    questions: list[list[Question]]
+    rejected: list[str] = field(default_factory=list)
+
+
+def square(image: Image.Image, size: int) -> np.ndarray:
+    """Pad to a square with the CLIP mean colour (GeoChat's training rule) and resize: uint8 [size, size, 3]."""
+    if image.width != image.height:
+        side = max(image.size)
+        canvas = Image.new("RGB", (side, side), tuple(int(255 * c) for c in CLIP_MEAN))
+        canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = canvas
+    if image.width != size:
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def to_micro_batch(records: list[ImageRecord], packer: Packer, size: int) -> MicroBatch:
+    """Decode the images and tokenise the questions; a conversation that cannot be used is set aside, with its reason."""
+    batch = MicroBatch([], np.empty((0, size, size, 3), np.uint8), [])
+    pixels = []
+    for record in records:
+        questions: list[Question] = []
+        for conversation in record.conversations:
+            try:
+                questions += packer.questions(record.id, [conversation])
+            except BadRecord as error:
+                batch.rejected.append(str(error))
+        if questions:
+            batch.ids.append(record.id)
+            batch.questions.append(questions)
+            pixels.append(square(open_image(record.image, record.id), size))
+    if pixels:
+        batch.pixels = np.stack(pixels)
+    return batch
+
+
+@dataclass(frozen=True)
+class PackerSpec:
+    """What a data task needs to build its Packer: the folder of the processor's tokenizer, and the sizes."""
+
+    tokenizer: str
+    image_token: str
+    image_tokens: int
+    image_size: int
+    max_response: int
+    questions_per_row: int
+
+
+@functools.lru_cache(maxsize=4)
+def new_packer(spec: PackerSpec) -> Packer:
+    """The Packer of `spec`; one per process."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer)
+    return Packer(tokenizer, spec.image_token, spec.image_tokens, spec.max_response, spec.questions_per_row)
+
+
+class Order:
+    """The endless sequence of row groups: epoch after epoch, each a permutation that (seed, epoch) decides."""
+
+    def __init__(self, found: list[Group], seed: int):
+        self.found, self.seed = found, seed
+
+    def __getitem__(self, position: int) -> Group:
+        epoch, at = divmod(position, len(self.found))
+        return self.found[self._permutation(epoch)[at]]
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - two epochs at most are looked at
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.found))
+
+
+def plan(order: Order, train: TrainConfig, per_group: int, rank: int, world: int, start: int) -> list[list[Group]]:
+    """The groups of every micro-batch of one worker, from step `start` to the end of the run."""
+    groups_per_step = train.images_per_step // per_group
+    groups_per_micro = train.images_per_micro_batch // per_group
+    found = []
+    for step in range(start, train.steps):
+        for micro in range(groups_per_step // (groups_per_micro * world)):
+            first = step * groups_per_step + (micro * world + rank) * groups_per_micro
+            found.append([order[first + i] for i in range(groups_per_micro)])
+    return found
+
+
+def stream(
+    config: Config, splits: list[str], train: TrainConfig, spec: PackerSpec, seed: int, rank: int, world: int, start: int
+) -> Iterator[MicroBatch]:
+    """The micro-batches of one worker from step `start` on, decoded ahead by Ray Data tasks."""
+    folder = Path(config.data.shards)
+    manifest = load_manifest(folder, splits)
+    order = Order([g for split in splits for g in groups(manifest, split)], seed)
+    planned = plan(order, train, config.data.images_per_group, rank, world, start)
+
+    def load(row: dict) -> dict:
+        found = [Group(**g) for g in json.loads(row["groups"])]
+        records = [record for group in found for record in read_group(folder, group)]
+        return {"batch": pickle.dumps(to_micro_batch(records, new_packer(spec), spec.image_size))}
+
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    items = [{"groups": json.dumps([vars(g) for g in chosen])} for chosen in planned]
+    blocks = max(1, len(items) // 8)
+    dataset = ray.data.from_items(items, override_num_blocks=blocks)
+    dataset = dataset.map(load, num_cpus=0.5, compute=ray.data.TaskPoolStrategy(size=config.cluster.data_tasks))
+    for rows in dataset.iter_batches(batch_size=1, prefetch_batches=config.cluster.prefetch, batch_format="pyarrow"):
+        yield pickle.loads(rows["batch"][0].as_py())
+
+
+def read_split(
+    config: Config, split: str, spec: PackerSpec, images_per_batch: int, rank: int = 0, world: int = 1
+) -> Iterator[MicroBatch]:
+    """Every image of a split once, in file order, read in this process (validation); worker `rank` takes every world-th batch."""
+    folder = Path(config.data.shards)
+    found = groups(load_manifest(folder, [split]), split)
+    per_batch = max(1, images_per_batch // config.data.images_per_group)
+    for i, at in enumerate(range(0, len(found), per_batch)):
+        if i % world == rank:
+            records = [r for group in found[at : at + per_batch] for r in read_group(folder, group)]
+            yield to_micro_batch(records, new_packer(spec), spec.image_size)

@@ -1,0 +1,130 @@
+"""Let models answer a split of the shards: Ray Data actors, greedy decoding over image rows, one prediction a question."""
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import ray.data
+import torch
+
+from geodistill.config import Config
+from geodistill.data.rows import Packer
+from geodistill.data.shards import Group, groups, load_manifest, read_group
+from geodistill.data.stream import to_micro_batch
+from geodistill.distill.decode import decode
+from geodistill.evaluate import metrics
+from geodistill.language import IMAGE
+from geodistill.models import assemble
+from geodistill.models.vision import normalize
+
+
+class Answerer:
+    """One model, loaded once in its actor. blind: answer without the image."""
+
+    def __init__(self, config: Config, folder: str, blind: bool):
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.cluster.workers))
+        self.config, self.blind = config, blind
+        self.device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
+        model, processor = assemble.load(folder)
+        self.model = assemble.RowModel(model).to(self.device).eval()
+        self.tokenizer = processor.tokenizer
+        options = config.evaluate
+        self.packer = Packer(
+            self.tokenizer, IMAGE, assemble.image_tokens(model), max_response=10**6, questions_per_row=options.questions_per_row
+        )
+        self.size = model.config.vision_config.image_size
+        self.forbidden = assemble.forbidden_tokens(self.tokenizer, model.config.text_config.vocab_size).to(self.device)
+
+    def __call__(self, row: dict) -> dict:
+        """{"groups": JSON of row groups} -> {"predictions": JSON list of dicts}."""
+        found = [Group(**g) for g in json.loads(row["groups"])]
+        records = [r for group in found for r in read_group(self.config.data.shards, group)]
+        batch = to_micro_batch(records, self.packer, self.size)
+        rows = self.packer.pack(batch.questions).to(self.device)
+        pixels = normalize(torch.from_numpy(batch.pixels).to(self.device))
+        pixels = torch.zeros_like(pixels) if self.blind else pixels
+        with torch.inference_mode():
+            z = self.model.project(self.model.see(pixels))
+        limit = self.config.evaluate.max_response
+        out = decode([self.model], [1.0], rows, [z], limit, self.forbidden, self.tokenizer.eos_token_id, greedy=True)
+        predictions = []
+        for r, row_questions in enumerate(rows.questions):
+            for b, question in enumerate(row_questions):
+                ids = out.tokens_RnT[r, b, : out.length_Rn[r, b]]
+                predictions.append(
+                    {
+                        "benchmark": self.config.evaluate.split,
+                        "id": batch.ids[int(rows.image_R[r])],
+                        "task": question.task,
+                        "category": question.category,
+                        "question": question.text,
+                        "prediction": self.tokenizer.decode(ids, skip_special_tokens=True).strip(),
+                        "references": question.references,
+                    }
+                )
+        return {"predictions": json.dumps(predictions)}
+
+
+def answer(config: Config, name: str, folder: str) -> list[dict]:
+    """The predictions of one model on `evaluate.split`, in the order of the shards, with progress on the way."""
+    options, cluster = config.evaluate, config.cluster
+    found = groups(load_manifest(Path(config.data.shards), [options.split]), options.split)
+    size = max(1, options.images_per_batch // config.data.images_per_group)
+    items = [{"groups": json.dumps([vars(g) for g in found[i : i + size]])} for i in range(0, len(found), size)]
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
+        Answerer,
+        fn_constructor_args=(config, folder, name in options.blind),
+        compute=ray.data.ActorPoolStrategy(size=cluster.workers),
+        num_cpus=0.5,
+        num_gpus=1 if cluster.use_gpu else 0,
+    )
+    predictions: list[dict] = []
+    began, shown = time.time(), 0.0
+    for done, row in enumerate(dataset.iter_rows(), start=1):
+        predictions += json.loads(row["predictions"])
+        if time.time() - shown > 5 or done == len(items):
+            shown = time.time()
+            rate = len(predictions) / (shown - began)
+            left = (len(items) - done) * (shown - began) / done
+            print(f"[evaluate] {name}: {len(predictions)} answers, {rate:.0f} a second, {left:.0f} s left", flush=True)
+    return predictions
+
+
+def evaluate(config: Config) -> dict[str, dict]:
+    """Scores of every model of `evaluate.models`; predictions and scores are written below run/evaluate and run/metrics.json.
+
+    A model whose weights have been answered for with the same settings is not asked again.
+    """
+    folder = Path(config.run) / "evaluate"
+    folder.mkdir(parents=True, exist_ok=True)
+    scores = {}
+    for name, model in config.evaluate.models.items():
+        if not (Path(model) / "config.json").is_file():
+            raise ValueError(f"evaluate.models.{name}={model} holds no model; run the job that makes it, or take it off the list")
+        file, asked = folder / f"{name}.jsonl", folder / f"{name}.json"
+        digest = {**fingerprint(config, model), "blind": name in config.evaluate.blind}
+        if file.is_file() and asked.is_file() and json.loads(asked.read_text()) == digest:
+            print(f"[evaluate] {name}: answered before, in {file}", flush=True)
+        else:
+            predictions = answer(config, name, model)
+            file.write_text("".join(json.dumps(p) + "\n" for p in predictions))
+            asked.write_text(json.dumps(digest))
+        predictions = [json.loads(line) for line in file.read_text().splitlines()]
+        scores[name] = metrics.score(predictions, config.evaluate.angle_counter_clockwise)
+    summary = {name: {**score["summary"], "detail": score} for name, score in scores.items()}
+    (Path(config.run) / "metrics.json").write_text(json.dumps(summary, indent=1))
+    return scores
+
+
+def fingerprint(config: Config, model: str) -> dict:
+    """What decides the answers of a model: its weights, the test shards and the decoding limits."""
+    manifest = load_manifest(Path(config.data.shards), [config.evaluate.split])
+    weights = hashlib.sha256()
+    for file in sorted(Path(model).glob("*.safetensors")):
+        weights.update(file.read_bytes())
+    shards = [shard["sha256"] for shard in manifest["splits"][config.evaluate.split]["shards"]]
+    return {"weights": weights.hexdigest(), "shards": shards, "max_response": config.evaluate.max_response}

@@ -1,0 +1,236 @@
+"""Pure metrics of the evaluation: answers in, figures from 0 to 100 out. Neither torch nor ray.
+
+A prediction is a dict: benchmark, id, task (one of `language.TASKS`), category, question, prediction (the model's text),
+references (every accepted answer), and for grounding optionally size_group. Where figures are to stand beside published
+ones, call `score` with the predictions of one benchmark at a time.
+"""
+
+from collections import Counter, defaultdict
+from importlib.metadata import version
+
+from rouge_score.rouge_scorer import RougeScorer
+from shapely import Polygon
+from shapely.errors import GEOSException
+
+from geodistill.language import TASK_GROUP, TASKS, Box, box_corners, parse_boxes
+
+OTHER = "(other)"
+# Column of the summary -> key of `score(...)["summary"]`
+SUMMARY = {
+    "scene": "scene_classification",
+    "VQA": "vqa",
+    "grounding": "grounding",
+    "captioning": "captioning",
+    "mean": "mean",
+}
+
+
+def normalise(text: str) -> str:
+    """The form in which short answers are compared: lower case, without white space and full stops."""
+    return "".join(text.split()).replace(".", "").lower()
+
+
+def is_right(prediction: str, references: list[str]) -> bool:
+    """Whether a short answer equals one of the references, both normalised."""
+    return normalise(prediction) in {normalise(r) for r in references}
+
+
+def percent(part: float, whole: float) -> float:
+    """100 part / whole; 0 for an empty whole."""
+    return 100.0 * part / whole if whole else 0.0
+
+
+def scene_classification(predictions: list[dict]) -> dict:
+    """Overall and average accuracy of class names, and the confusion matrix.
+
+    OA: share of right answers. AA: mean over the true classes of the share found (recall). AA_all_labels: the same sum
+    divided by the number of labels that occur in truth or prediction; a label that is never true has recall 0.
+    confusion: labels = the true classes; counts = one row per true class, one column per predicted class and a last one,
+    "(other)", for predictions that are no true class.
+    """
+    names: dict[str, str] = {}  # normalised -> as first written
+    for p in predictions:
+        names.setdefault(normalise(p["references"][0]), p["references"][0])
+    classes = sorted(names)
+    column = {label: i for i, label in enumerate(classes)}
+    counts = [[0] * (len(classes) + 1) for _ in classes]
+    predicted_labels = set()
+    for p in predictions:
+        truth = normalise(p["references"][0])
+        predicted = truth if is_right(p["prediction"], p["references"]) else normalise(p["prediction"])
+        predicted_labels.add(predicted)
+        counts[column[truth]][column.get(predicted, len(classes))] += 1
+    recalls = [percent(row[i], sum(row)) for i, row in enumerate(counts)]
+    return {
+        "samples": len(predictions),
+        "OA": percent(sum(row[i] for i, row in enumerate(counts)), len(predictions)),
+        "AA": sum(recalls) / len(classes),
+        "AA_all_labels": sum(recalls) / len(predicted_labels | set(classes)),
+        "confusion": {"labels": [names[c] for c in classes], "counts": counts},
+    }
+
+
+def vqa(predictions: list[dict]) -> dict:
+    """Accuracy of short answers per category, and mOA, weighted by samples (so the accuracy over all of them)."""
+    right: Counter[str] = Counter()
+    samples: Counter[str] = Counter()
+    for p in predictions:
+        samples[p["category"]] += 1
+        right[p["category"]] += is_right(p["prediction"], p["references"])
+    return {
+        "samples": samples.total(),
+        "mOA": percent(right.total(), samples.total()),
+        "categories": {c: {"samples": samples[c], "accuracy": percent(right[c], samples[c])} for c in sorted(samples)},
+    }
+
+
+def boxes_of(text: str) -> list[Box]:
+    """The boxes in a text; one that holds a number of thousands of digits counts as without boxes."""
+    try:
+        return parse_boxes(text)
+    except ValueError:  # Python's own limit on the digits of an integer
+        return []
+
+
+def box_iou(a: Box, b: Box, counter_clockwise: bool = True) -> float:
+    """Area of intersection / union of two oriented boxes, 0-1, in percent coordinates (a 100 x 100 image).
+
+    0 where the union has no finite area, or where the geometry cannot be computed.
+    """
+    try:
+        first, second = (Polygon(box_corners(box, 100, 100, counter_clockwise)) for box in (a, b))
+        common = first.intersection(second).area
+        union = first.area + second.area - common
+    except (GEOSException, OverflowError):
+        return 0.0
+    return common / union if 0 < union < float("inf") else 0.0
+
+
+def match_boxes(predicted: list[Box], targets: list[Box], counter_clockwise: bool = True) -> list[float]:
+    """The IoU (0-1) of each pair of a greedy one-to-one matching: the best pair first, then the best of what is left."""
+    pairs = [(box_iou(p, t, counter_clockwise), i, j) for i, p in enumerate(predicted) for j, t in enumerate(targets)]
+    matched: list[float] = []
+    used_predicted: set[int] = set()
+    used_targets: set[int] = set()
+    for iou, i, j in sorted(pairs, key=lambda pair: (-pair[0], pair[1], pair[2])):
+        if i not in used_predicted and j not in used_targets:
+            used_predicted.add(i)
+            used_targets.add(j)
+            matched.append(iou)
+    return matched
+
+
+def grounding_ious(prediction: str, references: list[str], counter_clockwise: bool = True) -> tuple[float, float]:
+    """(weakest, mean) IoU, 0-1, of an answer under the rule of `grounding`; with several references, the best of each."""
+    predicted = boxes_of(prediction)
+    weakest, mean = 0.0, 0.0
+    for targets in filter(None, map(boxes_of, references)):
+        ious = match_boxes(predicted, targets, counter_clockwise)
+        if len(predicted) == len(targets):
+            weakest = max(weakest, min(ious))
+        mean = max(mean, sum(ious) / max(len(predicted), len(targets)))
+    return weakest, mean
+
+
+def grounding(predictions: list[dict], counter_clockwise: bool = True) -> dict:
+    """acc@0.5, acc@0.25 and mean IoU of rotated boxes, over all and per size_group where it is given.
+
+    Rule: predicted and target boxes are matched one to one, greedily by falling polygon IoU in percent coordinates.
+    An answer is right at a threshold if it holds as many boxes as there are targets and every pair reaches the threshold.
+    The IoU of a sample is the sum over its pairs divided by the larger of the two numbers of boxes, so a box that is
+    missing or too many counts as 0. An answer without a box is a miss (counted in `without_box`). References are
+    alternatives; each holds all targets of the sample.
+    """
+    groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    ious = []
+    for p in predictions:
+        ious.append(grounding_ious(p["prediction"], p["references"], counter_clockwise))
+        if p.get("size_group"):
+            groups[p["size_group"]].append(ious[-1])
+
+    def figures(pairs: list[tuple[float, float]]) -> dict:
+        return {
+            "samples": len(pairs),
+            "acc@0.5": percent(sum(weakest >= 0.5 for weakest, _ in pairs), len(pairs)),
+            "acc@0.25": percent(sum(weakest >= 0.25 for weakest, _ in pairs), len(pairs)),
+            "mean_iou": percent(sum(mean for _, mean in pairs), len(pairs)),
+        }
+
+    result = figures(ious) | {"without_box": sum(not boxes_of(p["prediction"]) for p in predictions)}
+    return result | ({"size_groups": {name: figures(groups[name]) for name in sorted(groups)}} if groups else {})
+
+
+_ROUGE = RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
+
+
+def rouge(prediction: str, references: list[str]) -> tuple[float, float]:
+    """ROUGE-1 and ROUGE-L F of one text, 0-100, each the maximum over the references; no stemming."""
+    best = _ROUGE.score_multi(references, prediction)
+    return 100.0 * best["rouge1"].fmeasure, 100.0 * best["rougeL"].fmeasure
+
+
+def captioning(predictions: list[dict]) -> dict:
+    """Mean over the samples of ROUGE-1 and ROUGE-L F."""
+    scores = [rouge(p["prediction"], p["references"]) for p in predictions]
+    return {
+        "samples": len(scores),
+        "ROUGE-1": sum(one for one, _ in scores) / len(scores),
+        "ROUGE-L": sum(longest for _, longest in scores) / len(scores),
+    }
+
+
+def _sort(predictions: list[dict]) -> tuple[dict[str, list[dict]], Counter[str]]:
+    """(task -> the predictions that are scored, task -> number of those that are not)."""
+    tasks: dict[str, list[dict]] = defaultdict(list)
+    left_out: Counter[str] = Counter()
+    for p in predictions:
+        if p["task"] not in TASKS:
+            raise ValueError(f"prediction {p['id']}: task {p['task']!r} is none of {', '.join(TASKS)}")
+        if p["task"] not in TASK_GROUP:
+            left_out[p["task"]] += 1
+        elif not p["references"]:
+            raise ValueError(f"prediction {p['id']} ({p['task']}) has no reference; score only labelled conversations")
+        elif p["task"] == "grounding" and not any(map(boxes_of, p["references"])):
+            left_out["grounding without a target box"] += 1
+        else:
+            tasks[p["task"]].append(p)
+    return tasks, left_out
+
+
+def score(predictions: list[dict], counter_clockwise: bool = True) -> dict:
+    """Every figure of one model, 0-100, per task; a task without samples is absent.
+
+    summary: OA, mOA, acc@0.5, the mean ROUGE-L over all captions (of images and regions), and the mean of those present.
+    not_scored: counts of the samples that have no metric. counter_clockwise: the sign of theta in the box text.
+    """
+    tasks, left_out = _sort(predictions)
+    functions = {
+        "scene_classification": scene_classification,
+        "vqa": vqa,
+        "grounding": lambda samples: grounding(samples, counter_clockwise),
+        "captioning": captioning,
+        "region_captioning": captioning,
+    }
+    result: dict = {task: function(tasks[task]) for task, function in functions.items() if tasks.get(task)}
+    headline = {"scene_classification": "OA", "vqa": "mOA", "grounding": "acc@0.5"}
+    summary = {task: result[task][key] for task, key in headline.items() if task in result}
+    captions = [result[task] for task in ("captioning", "region_captioning") if task in result]
+    if captions:
+        summary["captioning"] = sum(c["samples"] * c["ROUGE-L"] for c in captions) / sum(c["samples"] for c in captions)
+    if summary:
+        summary["mean"] = sum(summary.values()) / len(summary)
+    libraries = {name: version(name) for name in ("rouge-score", "shapely")}
+    return result | {"summary": summary, "not_scored": dict(left_out), "libraries": libraries}
+
+
+def summary_table(scores: dict[str, dict]) -> str:
+    """Plain text: a row per model, a column per task and their mean, one decimal, "-" where a task is absent."""
+    rows = [["model", *SUMMARY]]
+    for model, result in scores.items():
+        values = [result["summary"].get(key) for key in SUMMARY.values()]
+        rows.append([model, *("-" if v is None else f"{v:.1f}" for v in values)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) for row in rows
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,349 @@
+"""The loop that every Ray Train worker runs: sft, kd and the on-policy loop of Table 1 alike. Read it top to bottom."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+import torch.distributed as dist
+from tensorboardX import SummaryWriter
+from torch import Tensor, nn
+
+from geodistill.config import Config, TrainConfig
+from geodistill.data.rows import Rows
+from geodistill.data.stream import MicroBatch, PackerSpec, new_packer, read_split, stream
+from geodistill.distill.step import Distiller, Experience, Written
+from geodistill.language import IMAGE
+from geodistill.models import assemble
+from geodistill.models.vision import normalize
+from geodistill.train import checkpoint, engine
+
+
+@dataclass
+class Stage:
+    """One training stage. folder: where it writes; student, teacher: where its models come from ("" = new, none)."""
+
+    name: str
+    folder: str
+    train: TrainConfig
+    sizes: str  # "teacher" or "student": whose model settings
+    start: str  # folder of the weights to start from; "" = model.init or random
+    teacher: str  # folder of the frozen teacher; "" = none
+    keep_best: bool  # the model is the one of the lowest validation loss, not the last
+
+
+class NotFinite(RuntimeError):
+    """Loss or gradient norm is NaN or infinite; the message says at which step and which checkpoint is left."""
+
+
+def learning_rate(train: TrainConfig, step: int) -> float:
+    """Cosine with linear warm-up; step counts from 0."""
+    warm = max(1, round(train.warmup * train.steps))
+    if step < warm:
+        return train.learning_rate * (step + 1) / warm
+    share = (step - warm) / max(1, train.steps - warm)
+    low = train.final_learning_rate
+    return train.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def build(config: Config, stage: Stage):
+    """(student model, its processor, teacher model or None). The tokenizer is the teacher's where there is one."""
+    sizes = getattr(config, stage.sizes).model
+    start = stage.start or sizes.init
+    teacher = None
+    if stage.teacher:
+        teacher, _ = assemble.load(stage.teacher)
+    if start:
+        student, processor = assemble.load(start)
+    else:
+        source = stage.teacher or config.teacher.model.init or str(Path(config.data.shards) / "tokenizer")
+        tokenizer = assemble.load_tokenizer(source)
+        student = assemble.new_model(sizes, tokenizer)
+        vision = student.config.vision_config
+        processor = assemble.new_processor(tokenizer, vision.image_size, vision.patch_size)
+    if stage.teacher:
+        assemble.check_pair(stage.teacher, processor.tokenizer.get_vocab(), assemble.image_tokens(student))
+    return student, processor, teacher
+
+
+def align_map(config: Config, student, teacher) -> nn.Module | None:
+    """The learned map A from the student's width to the teacher's, or None where it is not used."""
+    loss = config.distill.loss
+    if teacher is None or loss.align == 0:
+        return None
+    widths = student.config.text_config.hidden_size, teacher.config.text_config.hidden_size
+    if loss.align_map == "linear":
+        return nn.Linear(*widths, bias=False)
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"distill.loss.align_map=identity needs equal widths, but the student has {widths[0]} and the teacher "
+            f"{widths[1]}; use align_map=linear"
+        )
+    return None
+
+
+class Reporter:
+    """Means over tokens and workers; metrics.jsonl, TensorBoard, and a line of progress with rate and time left."""
+
+    def __init__(self, stage: Stage, start: checkpoint.Progress, rank: int):
+        self.stage, self.rank = stage, rank
+        self.spent, self.began = start.seconds, time.time()
+        self.sums: dict[str, Tensor] = {}
+        self.waited = 0.0
+        self.last = (start.step, time.time())
+        if rank == 0:
+            path = Path(stage.folder) / "metrics.jsonl"
+            kept = path.read_text().splitlines() if path.exists() else []
+            path.write_text("".join(line + "\n" for line in kept if json.loads(line)["step"] <= start.step))
+            self.file = path.open("a")
+            self.board = SummaryWriter(str(Path(stage.folder) / "tensorboard"), purge_step=start.step)
+
+    @property
+    def seconds(self) -> float:
+        return self.spent + time.time() - self.began
+
+    def add(self, sums: dict[str, Tensor], count: float) -> None:
+        """Sums over `count` things (tokens, branches, images, updates) of this worker."""
+        for name, value in sums.items():
+            pair = torch.stack(
+                [torch.as_tensor(value, dtype=torch.float64).cpu(), torch.tensor(float(count), dtype=torch.float64)]
+            )
+            self.sums[name] = self.sums.get(name, torch.zeros(2, dtype=torch.float64)) + pair
+
+    def flush(self, step: int, extra: dict[str, float]) -> None:
+        """Average over all workers (collective), write and print."""
+        names = sorted(self.sums)
+        values = torch.stack([self.sums[name] for name in names])
+        dist.all_reduce(values)
+        row = {"step": step, **{k: (v[0] / v[1].clamp(min=1)).item() for k, v in zip(names, values, strict=True)}, **extra}
+        seconds, steps = time.time() - self.last[1], step - self.last[0]
+        row["images_per_second"] = self.stage.train.images_per_step * steps / seconds
+        row["data_wait"] = self.waited / seconds
+        row["seconds"] = self.seconds
+        self.sums, self.waited, self.last = {}, 0.0, (step, time.time())
+        if self.rank == 0:
+            left = (self.stage.train.steps - step) * seconds / max(steps, 1)
+            shown = [f"{k} {row[k]:.3f}" for k in ("loss", "reverse_kl", "reward", "length", "agreement") if k in row]
+            rate = f"{row['images_per_second']:.0f} images/s, data wait {100 * row['data_wait']:.0f} %"
+            print(
+                f"[{self.stage.name}] {step}/{self.stage.train.steps} {' '.join(shown)} | {rate}, {_clock(left)} left", flush=True
+            )
+        self.write(row)
+
+    def write(self, row: dict[str, float]) -> None:
+        if self.rank == 0:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+            for name, value in row.items():
+                if name != "step":
+                    self.board.add_scalar(f"{self.stage.name}/{name}", value, row["step"])
+            self.board.flush()
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds // 60)} min {int(seconds % 60)} s" if seconds >= 60 else f"{int(seconds)} s"
+
+
+class Run:
+    """One worker's models, engine and data, made once."""
+
+    def __init__(self, config: Config, stage: Stage):
+        self.config, self.stage, train = config, stage, stage.train
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        torch.set_num_threads(config.cluster.threads_per_worker or max(1, (os.cpu_count() or 1) // self.world))
+        gpu = config.cluster.use_gpu
+        self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        self.dtype = torch.bfloat16 if config.cluster.precision == "bf16" else torch.float32
+        torch.manual_seed(config.seed)  # the same weights on every worker
+        self.model, self.processor, teacher = build(config, stage)
+        shared = teacher is not None and assemble.same_tower(self.model, teacher)
+        on_policy = train.method == "distill"
+        align = align_map(config, self.model, teacher) if on_policy else None
+        frozen = getattr(config, stage.sizes).model.freeze_tower
+        student = assemble.RowModel(self.model, align, frozen).to(self.device)
+        frozen_teacher = None
+        if teacher is not None:
+            frozen_teacher = assemble.RowModel(teacher.to(self.device, self.dtype)).eval().requires_grad_(False)
+
+        # Every step runs the same number of backward passes on every worker: one per micro-batch, one more for D_PT.
+        self.micros = train.images_per_step // (train.images_per_micro_batch * self.world)
+        self.with_pretrain = on_policy and config.distill.loss.pretrain > 0
+        self.passes = self.micros * (2 if self.with_pretrain else 1)
+        self.engine = engine.start(student, train, config.cluster, self.passes)
+        self.generator = torch.Generator(self.device).manual_seed(config.seed * 1000 + self.rank)
+        self.progress = checkpoint.restore(self.engine, self.generator)
+
+        tokenizer, vocabulary = self.processor.tokenizer, self.model.config.text_config.vocab_size
+        forbidden = assemble.forbidden_tokens(tokenizer, vocabulary).to(self.device)
+        self.distiller = Distiller(
+            student,
+            frozen_teacher,
+            config.distill.loss,
+            forbidden,
+            tokenizer.eos_token_id,
+            train.max_response,
+            shared,
+            self.generator,
+        )
+        folder = Path(stage.folder) / "tokenizer"
+        if self.rank == 0:
+            tokenizer.save_pretrained(folder)
+        dist.barrier()
+        size = self.model.config.vision_config.image_size
+        tokens = assemble.image_tokens(self.model)
+        self.spec = PackerSpec(str(folder), IMAGE, tokens, size, train.max_response, train.questions_per_row)
+        self.packer = new_packer(self.spec)
+
+    def stream(self, splits: list[str], seed: int):
+        """This worker's micro-batches from the current step on."""
+        return stream(self.config, splits, self.stage.train, self.spec, seed, self.rank, self.world, self.progress.step)
+
+    def rows(self, batch: MicroBatch) -> tuple[Rows, Tensor]:
+        """(rows, normalised pixels [B, 3, S, S]) on the device; zeros for a blind stage."""
+        pixels = normalize(torch.from_numpy(batch.pixels).to(self.device))
+        pixels = torch.zeros_like(pixels) if self.stage.train.blind else pixels
+        return self.packer.pack(batch.questions).to(self.device), pixels.to(self.dtype)
+
+    def written(self, batch: MicroBatch, with_teacher: bool) -> Written:
+        """A micro-batch of answers from the data."""
+        rows, pixels = self.rows(batch)
+        return self.distiller.written(rows, self.packer.written(rows), pixels, with_teacher)
+
+
+def worker(job: dict) -> None:
+    """What Ray Train runs on every worker. job: {"config": Config, "stage": Stage}."""
+    run = Run(job["config"], job["stage"])
+    train, progress = run.stage.train, run.progress
+    batches = run.stream(train.splits, run.config.seed)
+    corpus = run.stream(run.config.distill.pretrain_splits, run.config.seed + 1) if run.with_pretrain else iter(())
+    validation = list(read_split(run.config, "val", run.spec, train.images_per_micro_batch, run.rank, run.world))
+    report = Reporter(run.stage, progress, run.rank)
+
+    for step in range(progress.step, train.steps):
+        for group in run.engine.optimizer.param_groups:
+            group["lr"] = learning_rate(train, step)
+        fetched = time.time()
+        drawn = [next(batches) for _ in range(run.micros)]
+        drawn_pretrain = [next(corpus) for _ in range(run.micros)] if run.with_pretrain else []
+        report.waited += time.time() - fetched
+
+        if train.method == "distill":
+            update_on_policy(run, drawn, drawn_pretrain, report, step)
+        else:
+            update_written(run, drawn, report, step)
+
+        done = step + 1
+        last = done == train.steps
+        if done % train.log_every == 0 or last:
+            report.flush(done, {"learning_rate": learning_rate(train, step)})
+        if done % train.validate_every == 0 or last:
+            value = validate(run, validation)
+            report.write({"step": done, "validation_loss": value})
+            if run.rank == 0 and (not run.stage.keep_best or value < progress.best):
+                assemble.save(run.model, run.processor, Path(run.stage.folder) / "model")
+            progress.best = min(progress.best, value)
+        if done % train.checkpoint_every == 0 or last:
+            progress.step, progress.seconds = done, report.seconds
+            checkpoint.save(run.engine, progress, run.generator, {"step": done, "best_validation_loss": progress.best})
+
+
+def update_on_policy(run: Run, drawn: list[MicroBatch], corpus: list[MicroBatch], report: Reporter, step: int) -> None:
+    """One step of Table 1's loop: generate all responses of the step, count, then one backward per micro-batch."""
+    loss, distiller = run.config.distill.loss, run.distiller
+    items = [distiller.rollout(*run.rows(batch)) for batch in drawn]
+    pretrain = [run.written(batch, with_teacher=loss.preset == "reference") for batch in corpus]
+    for item in items:
+        branches = float(item.rows.alive_Rn.sum())
+        report.add({"length": torch.tensor(item.length * branches), "finished": torch.tensor(item.finished * branches)}, branches)
+    tokens, image_tokens, pretrain_tokens = global_counts(
+        run,
+        sum(len(i.batch.token) for i in items),
+        sum(i.z_teacher[..., 0].numel() for i in items),
+        sum(i.tokens for i in pretrain),
+    )
+
+    def on_policy(item: Experience) -> Tensor:
+        value, metrics = distiller.on_policy_pass(run.engine, item, tokens, image_tokens)
+        if "align" in metrics:
+            report.add({"align": metrics.pop("align")}, item.z_teacher[..., 0].numel())
+        report.add(metrics, len(item.batch.token))
+        return value
+
+    def modelling(item: Written) -> Tensor:
+        value, metrics = distiller.written_pass(run.engine, item, pretrain_tokens, "pretrain")
+        report.add({"pretrain": metrics["cross_entropy"]}, item.tokens)
+        return loss.pretrain * value
+
+    for _ in range(loss.updates_per_rollout):
+        apply(run, [*((on_policy, i) for i in items), *((modelling, i) for i in pretrain)], report, step)
+
+
+def update_written(run: Run, drawn: list[MicroBatch], report: Reporter, step: int) -> None:
+    """One step on the answers of the data: sft, or kd with the teacher's distribution."""
+    method = run.stage.train.method
+    items = [run.written(batch, with_teacher=method == "kd") for batch in drawn]
+    (tokens,) = global_counts(run, sum(i.tokens for i in items))
+
+    def learn(item: Written) -> Tensor:
+        value, metrics = run.distiller.written_pass(run.engine, item, tokens, method)
+        report.add(metrics, item.tokens)
+        return value
+
+    apply(run, [(learn, i) for i in items], report, step)
+
+
+def global_counts(run: Run, *counts: float) -> list[float]:
+    """Sums over all workers (collective), at least 1."""
+    total = torch.tensor(counts, dtype=torch.float64, device=run.device)
+    dist.all_reduce(total)
+    return [max(c, 1.0) for c in total.tolist()]
+
+
+def apply(run: Run, passes: list[tuple[Callable[..., Tensor], Any]], report: Reporter, step: int) -> None:
+    """One backward per pass, then one optimizer step, unless any worker's loss is not finite (collective).
+
+    A pass returns its share of a loss that is divided by global counts already, so the averages that DeepSpeed takes over
+    passes and workers are multiplied back. Raises NotFinite.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=run.device)
+    for number, (make, item) in enumerate(passes):
+        value = make(item)
+        total += value.detach()
+        run.engine.backward(value * (run.world * run.passes))
+        if number == len(passes) - 1:
+            dist.all_reduce(total)
+            _need_finite(total.item(), "the loss", run, step)
+        run.engine.step()
+    norm = float(run.engine.get_global_grad_norm() or 0.0)
+    _need_finite(norm, "the gradient norm", run, step)
+    report.add({"loss": total, "grad_norm": torch.tensor(norm)}, 1)
+
+
+def _need_finite(value: float, what: str, run: Run, step: int) -> None:
+    if math.isfinite(value):
+        return
+    at, folder = run.progress.step, run.stage.folder
+    kept = f"the checkpoint of step {at} is kept in {folder}/checkpoints" if at else "there is no checkpoint yet"
+    raise NotFinite(
+        f"[{run.stage.name}] {what} is not finite at step {step + 1}; {kept}. Lower learning_rate or max_grad_norm and run again"
+    )
+
+
+@torch.no_grad()
+def validate(run: Run, batches: list[MicroBatch]) -> float:
+    """Mean cross-entropy per response token on the validation split, over all workers (collective)."""
+    total = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
+        item = run.written(batch, with_teacher=False)
+        value, _ = run.distiller.written_pass(run.distiller.student, item, 1.0, "sft")
+        total += torch.tensor([value.item(), item.tokens], dtype=torch.float64)
+    total = total.to(run.device)
+    dist.all_reduce(total)
+    return (total[0] / total[1].clamp(min=1)).item()

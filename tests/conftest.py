@@ -1,0 +1,129 @@
+"""A tiny teacher and student over one vocabulary and one CLIP tower, with synthetic images and questions."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from geodistill.config import ModelConfig, VisionConfig
+from geodistill.data import synthetic
+from geodistill.data.record import open_image
+from geodistill.data.rows import Packer
+from geodistill.language import BOS, EOS, IMAGE, PAD, SYSTEM
+from geodistill.models import assemble
+from torch import nn
+
+torch.set_num_threads(1)
+VISION = VisionConfig(hidden=32, layers=3, heads=2, patch=8, image_size=32)
+IMAGE_TOKENS = 16
+
+
+def sharpen(model, seed: int) -> None:
+    """Draw weights that make peaked distributions: the initial 0.02 of transformers makes flat ones, which hide errors.
+
+    The rows of the special tokens are enlarged, so that a response often ends, and often would hold a forbidden token.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(weight, std: float) -> None:
+        with torch.no_grad():
+            weight.copy_(std * torch.randn(weight.shape, generator=generator))
+
+    for part in (model.model.multi_modal_projector, model.model.language_model):
+        for module in part.modules():
+            if isinstance(module, nn.Linear):
+                draw(module.weight, 1.5 * module.in_features**-0.5)
+                if module.bias is not None:
+                    draw(module.bias, 0.5)
+    draw(model.get_input_embeddings().weight, 1.0)
+    draw(model.lm_head.weight, 2.0 * model.lm_head.in_features**-0.5)
+    with torch.no_grad():
+        model.lm_head.weight[:4] *= 2.5
+
+
+@pytest.fixture(scope="session")
+def records():
+    return list(synthetic.records(0, "train", 20))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(records):
+    texts = [text for r in records for c in r.conversations for turn in c.turns for text in turn]
+    return assemble.new_tokenizer(texts, 600, SYSTEM)
+
+
+@pytest.fixture(scope="session")
+def processor(tokenizer):
+    return assemble.new_processor(tokenizer, VISION.image_size, VISION.patch)
+
+
+@pytest.fixture(scope="session")
+def end(tokenizer) -> int:
+    return tokenizer.convert_tokens_to_ids(EOS)
+
+
+@pytest.fixture(scope="session")
+def forbidden(tokenizer):
+    mask = torch.zeros(len(tokenizer), dtype=torch.bool)
+    mask[tokenizer.convert_tokens_to_ids([PAD, BOS, IMAGE])] = True
+    return mask
+
+
+@pytest.fixture(scope="session")
+def make_packer(tokenizer):
+    """questions_per_row -> Packer."""
+    return lambda n, max_response=160: Packer(tokenizer, IMAGE, IMAGE_TOKENS, max_response, n)
+
+
+@pytest.fixture(scope="session")
+def questions(make_packer, records):
+    """The questions of each record."""
+    return [make_packer(8).questions(r.id, r.conversations) for r in records]
+
+
+@pytest.fixture(scope="session")
+def pictures(records):
+    return [open_image(r.image, r.id) for r in records]
+
+
+@pytest.fixture(scope="session")
+def pixels(processor, pictures):
+    """[B, 3, 32, 32] as the processor makes them."""
+    return processor.image_processor(pictures, return_tensors="pt").pixel_values
+
+
+@pytest.fixture(scope="session")
+def messages():
+    """Turns of a conversation -> the processor's messages, up to the cue for the last answer."""
+
+    def build(turns):
+        found = []
+        for i, (question, answer) in enumerate(turns):
+            text = [{"type": "text", "text": question}]
+            found.append({"role": "user", "content": text if i else [{"type": "image"}, *text]})
+            found.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        return found[:-1]
+
+    return build
+
+
+def _model(tokenizer, hidden: int, heads: int, seed: int, tower=None):
+    torch.manual_seed(seed)
+    sizes = ModelConfig(vision=VISION, hidden=hidden, layers=2, heads=heads, intermediate=2 * hidden)
+    model = assemble.new_model(sizes, tokenizer).eval()
+    sharpen(model, seed)
+    if tower is not None:
+        model.model.vision_tower.load_state_dict(tower.state_dict())
+    return model
+
+
+@pytest.fixture(scope="session")
+def teacher(tokenizer):
+    return _model(tokenizer, hidden=48, heads=4, seed=1)
+
+
+@pytest.fixture(scope="session")
+def student(tokenizer, teacher):
+    return _model(tokenizer, hidden=32, heads=2, seed=2, tower=teacher.model.vision_tower)
