@@ -22,6 +22,12 @@ demo: .venv/installed
 	$(PY) jobs/distill.py --config $(CONFIG) $(ARGS)
 	$(PY) jobs/evaluate.py --config $(CONFIG) $(ARGS)
 
+demo-teacher: .venv/installed
+	$(PY) jobs/pretrain.py --config configs/demo-teacher.yaml $(ARGS)
+	$(PY) jobs/prepare.py --config configs/demo-teacher.yaml $(ARGS)
+	$(PY) jobs/finetune.py --config configs/demo-teacher.yaml role=teacher $(ARGS)
+	@echo "made runs/demo-teacher/teacher/model; the shipped one is configs/demo-teacher"
+
 test: .venv/installed
 	$(PY) -m pytest
 

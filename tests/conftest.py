@@ -7,13 +7,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from torch import nn
+
 from geodistill.config import ModelConfig, VisionConfig
 from geodistill.data import synthetic
 from geodistill.data.record import open_image
 from geodistill.data.rows import Packer
 from geodistill.language import BOS, EOS, IMAGE, PAD, SYSTEM
 from geodistill.models import assemble
-from torch import nn
 
 torch.set_num_threads(1)
 VISION = VisionConfig(hidden=32, layers=3, heads=2, patch=8, image_size=32)

@@ -117,6 +117,15 @@ class LossConfig:
 
 
 @dataclass
+class TowerConfig:
+    images: int = option(20000, "generated scenes that the tower sees", "images")
+    steps: int = option(2600, "updates", "steps")
+    images_per_step: int = option(64, "batch", "images")
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW")
+    seed: int = option(1000, "seed of the scenes, kept apart from every data set's")
+
+
+@dataclass
 class TeacherConfig:
     model: ModelConfig = section(ModelConfig, "the teacher's sizes or folder")
     train: TrainConfig = section(TrainConfig, "how finetune role=teacher trains it")
@@ -169,7 +178,7 @@ class ClusterConfig:
     threads_per_worker: int = option(0, "torch threads per worker; 0: all cores / workers", "threads")
     use_gpu: bool = option(False, "one GPU per worker")
     precision: str = option("fp32", "fp32 | bf16 (float32 losses either way)")
-    zero_stage: int = option(0, "DeepSpeed ZeRO stage of the student: 0, 1, 2")
+    zero_stage: int = option(1, "DeepSpeed ZeRO stage of the student: 0, 1, 2")
     data_tasks: int = option(1, "Ray Data tasks that decode at once for one worker", "tasks")
     prefetch: int = option(4, "micro-batches fetched ahead", "micro-batches")
 
@@ -181,6 +190,7 @@ class Config:
     role: str = option("student", "finetune: teacher | student (the baseline) | blind (the baseline without images)")
     system: str = option(SYSTEM, "system text at the head of every prompt")
     data: DataConfig = section(DataConfig, "from raw data to shards")
+    tower: TowerConfig = section(TowerConfig, "dense pre-training of the demo's vision tower (jobs/pretrain.py)")
     teacher: TeacherConfig = section(TeacherConfig, "the teacher")
     student: StudentConfig = section(StudentConfig, "the student")
     distill: DistillConfig = section(DistillConfig, "distillation")
@@ -233,6 +243,25 @@ def load(file: str | None, overrides: list[str] | None = None) -> Config:
     assert isinstance(config, Config)
     validate(config)
     return config
+
+
+def absolute(config: Config) -> Config:
+    """The same settings with every local path made absolute: workers of a cluster start in other folders."""
+
+    def of(path: str) -> str:
+        return str(Path(path).absolute()) if path and "://" not in path else path
+
+    tree = OmegaConf.structured(config)
+    for name, _, _, unit, _ in keys():
+        if unit == "path":
+            OmegaConf.update(tree, name, of(OmegaConf.select(tree, name)))
+    for name, path in config.evaluate.models.items():
+        tree.evaluate.models[name] = of(path)
+    if config.data.annotations:  # relative to data.root, or absolute
+        tree.data.annotations = config.data.annotations
+    found = OmegaConf.to_object(tree)
+    assert isinstance(found, Config)
+    return found
 
 
 def _explain(error: OmegaConfBaseException, file: str | None) -> str:
@@ -374,7 +403,7 @@ def from_command_line(job: str, argv: list[str] | None = None) -> Config:
     try:
         if file is None:
             raise ConfigError(f"--config is missing; {usage}")
-        return load(file, arguments)
+        return absolute(load(file, arguments))
     except ConfigError as error:
         print(f"{job}: {error}", file=sys.stderr)
         raise SystemExit(2) from error

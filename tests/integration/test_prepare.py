@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from geodistill.config import load
 from geodistill.data.shards import prepare
 from geodistill.models.assemble import load_tokenizer
@@ -39,7 +40,7 @@ def test_parallel_equals_serial_and_resumes(ray_cluster, tmp_path, capsys):
     parallel = prepare(config, parallel=True)
     assert sums(parallel) == sums(serial) and parallel["splits"] == serial["splits"]
     folder = tmp_path / "parallel" / "data"
-    assert len(load_tokenizer(folder / "tokenizer")) == 500
+    assert 300 < len(load_tokenizer(folder / "tokenizer")) <= 500
     (folder / "manifest.json").unlink()
     (folder / "train-00001.parquet").unlink()
     capsys.readouterr()

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from geodistill.data.record import Conversation
 from geodistill.data.rows import respond
 from geodistill.distill.decode import decode, log_probabilities, mix

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
+
 from geodistill.config import LossConfig
 from geodistill.distill import losses
-
 from oracle.reference import relative_error
 
 V, LIMIT, END = 3, 3, 0

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+
 from geodistill.config import LossConfig
 from geodistill.distill import losses
 from geodistill.distill.decode import log_probabilities, mix
-
 from oracle import reference
 from oracle.reference import Sequence, relative_error
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from geodistill.config import LossConfig
 from geodistill.data.rows import respond
 from geodistill.distill import losses
@@ -12,7 +13,6 @@ from geodistill.distill.decode import decode, log_probabilities
 from geodistill.distill.step import Distiller
 from geodistill.models.assemble import RowModel
 from geodistill.models.vision import normalize
-
 from oracle.reference import relative_error
 
 IMAGES = (0, 3, 7, 11)  # records with different numbers of questions

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from geodistill import config
 from geodistill.config import Config, ConfigError, keys, load
 

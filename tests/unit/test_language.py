@@ -4,6 +4,7 @@ import math
 import random
 
 import pytest
+
 from geodistill import language
 from geodistill.language import Box, box_corners, box_from_center, check_boxes, format_box, format_boxes, parse_boxes
 

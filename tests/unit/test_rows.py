@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+
 from geodistill.data.record import BadRecord, Conversation
 from geodistill.data.rows import PADDING, attends, respond
 from geodistill.language import SHORT_ANSWER
+from geodistill.models.assemble import forbidden_tokens
 
 
 def conversations(n: int, answer: str | None = "yes") -> list[Conversation]:
@@ -149,3 +151,9 @@ def test_tokens_equal_the_processor(make_packer, processor, messages, records, p
                 whole = processor(text=f"{text} {answer}</s>", images=picture).input_ids[0]
                 assert prompt + question.response == whole
     assert packer.prefix.count(packer.image_id) == packer.image_tokens == 16
+
+
+def test_forbidden_tokens(tokenizer, forbidden, end):
+    found = forbidden_tokens(tokenizer, len(tokenizer))
+    assert torch.equal(found, forbidden)
+    assert found.sum() == 3 and not found[end]

@@ -7,13 +7,14 @@ import os
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
+
 from geodistill.config import load
 from geodistill.data import shards, synthetic
 from geodistill.data.record import SCHEMA, validate
 from geodistill.data.shards import Group, groups, load_manifest, prepare, read_group, write_shard
 from geodistill.data.sources import open_source
 from geodistill.models import assemble
-from PIL import Image
 
 SHARED = os.environ.get("GEODISTILL_SHARED")
 

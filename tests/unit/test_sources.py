@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from geodistill.config import DataConfig
 from geodistill.data.record import BadRecord, validate
 from geodistill.data.sources import SOURCES, open_source
@@ -16,7 +18,6 @@ from geodistill.data.sources.base import split_of
 from geodistill.data.sources.class_folders import class_name
 from geodistill.data.sources.llava import guess_task
 from geodistill.language import SHORT_ANSWER
-from PIL import Image
 
 SHARED = os.environ.get("GEODISTILL_SHARED")
 ALL_TRAIN = {"val_fraction": 0.0, "test_fraction": 0.0}

@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from oracle.reference import relative_error
+from torch import nn
+
 from geodistill.config import LossConfig
 from geodistill.distill import losses
 from geodistill.distill.step import METHODS, Distiller, Experience
 from geodistill.models.assemble import RowModel, same_tower
-from oracle.reference import relative_error
-from torch import nn
 
 LIMIT = 12
 
@@ -124,6 +125,21 @@ def test_on_policy_pass(loss, pair, make_distiller, make_packer, questions, pixe
     assert gradients["align.weight"].abs().max() > 0 and gradients["model.lm_head.weight"].abs().max() > 0
     assert not any("vision_tower" in name for name in gradients)
     assert metrics["reverse_kl"] / M > 0.1 and 0 < item.length <= LIMIT and 0 <= item.finished <= 1
+
+
+@pytest.mark.parametrize(("alpha", "temperature"), [(0.2, 1.0), (0.7, 1.5), (0.0, 1.0)])
+def test_rollout_records_the_mixture(alpha, temperature, pair, make_distiller, make_packer, questions, pixels):
+    """log p and log p~ are those of alpha p + (1 - alpha) q at T, recomputed with a full forward of both models."""
+    distiller = make_distiller(LossConfig(alpha=alpha, temperature=temperature))
+    item = distiller.rollout(make_packer(8).pack(questions[:2]), pixels[:2])
+    with torch.no_grad():
+        p, q = (
+            torch.softmax(m(item.rows, item.responses, item.features)[0][:, ~distiller.forbidden] / temperature, -1) for m in pair
+        )
+    torch.testing.assert_close(item.batch.log_p[:, ~distiller.forbidden], p.log(), rtol=1e-4, atol=1e-4)
+    at = (~distiller.forbidden).cumsum(0)[item.batch.token] - 1
+    mixture = losses.pick(torch.log(alpha * p + (1 - alpha) * q), at)
+    torch.testing.assert_close(item.batch.log_mixture, mixture, rtol=1e-4, atol=1e-4)
 
 
 def test_reuse_keeps_the_policy_that_generated(pair, make_distiller, make_packer, questions, pixels):

@@ -6,10 +6,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from shapely.geometry import Polygon, box
+
 from geodistill.data import synthetic
 from geodistill.data.record import ImageRecord, validate
 from geodistill.language import TASKS, box_corners, parse_boxes
-from shapely.geometry import Polygon, box
 
 COUNT = 300
 

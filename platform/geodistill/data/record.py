@@ -1,12 +1,14 @@
 """ImageRecord: one image and all its conversations; the Arrow schema of a shard; validation with reasons."""
 
 import io
+import struct
+import zlib
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 from PIL import Image
 
-from geodistill.language import TASKS, check_boxes
+from geodistill.language import BOS, EOS, IMAGE, PAD, TASKS, check_boxes
 
 SCHEMA_VERSION = 1
 SENSORS = ("optical", "sar", "infrared")
@@ -111,7 +113,7 @@ def open_image(data: bytes, record: str) -> Image.Image:
         if image.width * image.height > MAX_PIXELS:
             raise BadRecord(record, "image", f"{image.width}x{image.height} pixels is over the limit of {MAX_PIXELS}")
         return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError) as error:
         if isinstance(error, BadRecord):
             raise
         raise BadRecord(record, "image", f"cannot be decoded ({error})") from error
@@ -140,7 +142,8 @@ def validate(record: ImageRecord) -> ImageRecord:
             if answer is not None and not answer.strip():
                 raise BadRecord(record.id, f"{where}.turns[{j}].answer", "is empty")
             for name, text in (("question", question), ("answer", answer or "")):
-                reason = check_boxes(text)
+                special = [token for token in (IMAGE, BOS, EOS, PAD) if token in text]
+                reason = f"holds the special token {special[0]}" if special else check_boxes(text)
                 if reason:
                     raise BadRecord(record.id, f"{where}.turns[{j}].{name}", reason)
     return record

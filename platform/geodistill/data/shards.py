@@ -251,7 +251,7 @@ def _plans(items: list[Item], data: DataConfig) -> list[dict]:
     """What each shard is made of: {"file", "items"}. A split is shuffled once, so that a row group is a random mix."""
     plans = []
     for split in SPLITS:
-        mixed = [asdict(item) for item in items if item.split == split]
+        mixed = [vars(item) for item in items if item.split == split]
         random.Random(f"{data.seed}/{split}").shuffle(mixed)
         for k, part in enumerate(_batched(mixed, data.images_per_shard)):
             plans.append({"file": f"{split}-{k:05d}.parquet", "items": part})

@@ -156,24 +156,37 @@ def forbidden_tokens(tokenizer, vocabulary: int) -> Tensor:
     return forbidden
 
 
+def image_tokens_of(folder: str | Path) -> int:
+    """`image_tokens` of a saved model or tower, from its config.json alone. Raises ValueError where there is none."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no model (config.json is missing); run the job that writes it, or correct the path")
+    config = json.loads(file.read_text())
+    vision = config.get("vision_config", config)
+    return (vision["image_size"] // vision["patch_size"]) ** 2
+
+
+def vocabulary_of(folder: str | Path) -> dict[str, int]:
+    """Token -> id of a saved model, from its tokenizer.json alone. Raises ValueError where there is none."""
+    file = Path(folder) / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no tokenizer.json; run the job that writes it, or correct the path")
+    return Tokenizer.from_file(str(file)).get_vocab()
+
+
 def check_pair(teacher: str | Path, student_vocabulary: dict[str, int], student_image_tokens: int) -> None:
     """Raise ValueError before any weight is loaded if teacher and student cannot write one response together."""
-    folder = Path(teacher)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"distill.teacher={folder} holds no model (config.json is missing); run finetune role=teacher first")
-    config = json.loads((folder / "config.json").read_text())
-    vision = config["vision_config"]
-    tokens = (vision["image_size"] // vision["patch_size"]) ** 2
+    tokens = image_tokens_of(teacher)
     if tokens != student_image_tokens:
         raise ValueError(
-            f"the teacher {folder} sees {tokens} image tokens, the student {student_image_tokens}: "
+            f"the teacher {teacher} sees {tokens} image tokens, the student {student_image_tokens}: "
             "give student.model.vision the teacher's image_size and patch"
         )
-    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+    vocabulary = vocabulary_of(teacher)
     if vocabulary != student_vocabulary:
         odd = sorted(set(vocabulary.items()) ^ set(student_vocabulary.items()))[:3]
         raise ValueError(
-            f"teacher {folder} ({len(vocabulary)} tokens) and student ({len(student_vocabulary)} tokens) have different "
+            f"teacher {teacher} ({len(vocabulary)} tokens) and student ({len(student_vocabulary)} tokens) have different "
             f"vocabularies, for example {odd}: token distributions can only be compared over one vocabulary"
         )
 

@@ -38,3 +38,10 @@ def start(module: nn.Module, train: TrainConfig, cluster: ClusterConfig, passes:
     }
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, model_parameters=parameters, config=settings)
     return engine
+
+
+def gradient_norm(engine) -> float:
+    """L2 norm of the reduced gradient. Without ZeRO it is taken before the step, from the gradients; with ZeRO after it."""
+    if engine.zero_optimization_stage() > 0:
+        return float(engine.get_global_grad_norm() or 0.0)
+    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]).item()

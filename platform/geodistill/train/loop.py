@@ -67,8 +67,6 @@ def build(config: Config, stage: Stage):
         student = assemble.new_model(sizes, tokenizer)
         vision = student.config.vision_config
         processor = assemble.new_processor(tokenizer, vision.image_size, vision.patch_size)
-    if stage.teacher:
-        assemble.check_pair(stage.teacher, processor.tokenizer.get_vocab(), assemble.image_tokens(student))
     return student, processor, teacher
 
 
@@ -312,7 +310,7 @@ def apply(run: Run, passes: list[tuple[Callable[..., Tensor], Any]], report: Rep
     A pass returns its share of a loss that is divided by global counts already, so the averages that DeepSpeed takes over
     passes and workers are multiplied back. Raises NotFinite.
     """
-    total = torch.zeros((), dtype=torch.float64, device=run.device)
+    total, norm = torch.zeros((), dtype=torch.float64, device=run.device), 0.0
     for number, (make, item) in enumerate(passes):
         value = make(item)
         total += value.detach()
@@ -320,8 +318,10 @@ def apply(run: Run, passes: list[tuple[Callable[..., Tensor], Any]], report: Rep
         if number == len(passes) - 1:
             dist.all_reduce(total)
             _need_finite(total.item(), "the loss", run, step)
+            norm = engine.gradient_norm(run.engine)
         run.engine.step()
-    norm = float(run.engine.get_global_grad_norm() or 0.0)
+    if run.engine.zero_optimization_stage() > 0:
+        norm = engine.gradient_norm(run.engine)
     _need_finite(norm, "the gradient norm", run, step)
     report.add({"loss": total, "grad_norm": torch.tensor(norm)}, 1)
 

@@ -5,12 +5,23 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from ray.train import CheckpointConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
 from geodistill.config import Config, save
 from geodistill.data.shards import load_manifest
+from geodistill.models import assemble
 from geodistill.train.loop import Stage, worker
+
+
+class TrainingFailed(RuntimeError):
+    """A stage stopped on an error of a worker; the message is the worker's."""
+
+
+def _last_line(error: BaseException) -> str:
+    """The message of an error that Ray has wrapped, without its traceback."""
+    cause = getattr(error, "cause", None) or error
+    return str(cause).strip().splitlines()[-1]
 
 
 def stages(config: Config, job: str) -> list[Stage]:
@@ -45,11 +56,12 @@ def settings_of(config: Config, stage: Stage) -> dict:
     if stage.teacher:
         found["loss"] = asdict(config.distill.loss)
         found["pretrain_splits"] = config.distill.pretrain_splits
-    return found
+    here = str(Path.cwd()) + "/"  # a project folder may be moved
+    return json.loads(json.dumps(found).replace(here, ""))
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict:
-    flat = {}
+    flat: dict = {}
     for key, value in tree.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
@@ -70,14 +82,31 @@ def is_finished(folder: Path, settings: dict) -> bool:
     return True
 
 
+def check_stage(config: Config, stage: Stage) -> None:
+    """Raise ValueError for data, folders or a pair of models that cannot work, before a worker starts or a weight is loaded."""
+    load_manifest(Path(config.data.shards), [*stage.train.splits, "val"])
+    if stage.train.method == "distill" and config.distill.loss.pretrain > 0:
+        load_manifest(Path(config.data.shards), config.distill.pretrain_splits)
+    if not stage.teacher:
+        return
+    sizes = getattr(config, stage.sizes).model
+    start = stage.start or sizes.init
+    vision = sizes.vision
+    tokens = (vision.image_size // vision.patch) ** 2
+    if start or sizes.tower:
+        tokens = assemble.image_tokens_of(start or sizes.tower)
+    vocabulary = assemble.vocabulary_of(start or stage.teacher)
+    assemble.check_pair(stage.teacher, vocabulary, tokens)
+
+
 def fit(config: Config, stage: Stage) -> None:
-    """Train one stage to its end. Raises ValueError for what the user can mend, and the worker's error otherwise."""
-    folder = Path(stage.folder).absolute()
+    """Train one stage to its end. Raises ValueError for what the user can mend, TrainingFailed for what broke on the way."""
+    folder = Path(stage.folder)
     settings = settings_of(config, stage)
     if is_finished(folder, settings):
         print(f"[{stage.name}] finished before, in {folder}", flush=True)
         return
-    load_manifest(Path(config.data.shards), [*stage.train.splits, "val"])
+    check_stage(config, stage)
     save(config, folder / "config.yaml")
     began = time.time()
     cluster = config.cluster
@@ -91,7 +120,12 @@ def fit(config: Config, stage: Stage) -> None:
         ),
         run_config=RunConfig(name="checkpoints", storage_path=str(folder), checkpoint_config=CheckpointConfig(num_to_keep=2)),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        failures = getattr(error, "worker_failures", {}) or {0: error}
+        cause = next(iter(failures.values()))
+        raise TrainingFailed(f"[{stage.name}] {_last_line(cause)}") from error
     seconds = time.time() - began
     (folder / "done.json").write_text(json.dumps({"seconds": seconds, "settings": settings}, indent=1))
     print(f"[{stage.name}] done in {seconds:.0f} s: {folder}/model", flush=True)

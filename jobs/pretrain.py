@@ -1,0 +1,23 @@
+"""Pre-train the teacher's vision tower densely on generated scenes (the embedded data set only); writes run/tower."""
+
+from geodistill.config import from_command_line
+
+if __name__ == "__main__":
+    config = from_command_line("pretrain")
+
+    from pathlib import Path
+
+    import torch
+
+    from geodistill.models.vision import new_tower, pretrain_tower
+
+    folder = Path(config.run) / "tower"
+    if (folder / "config.json").is_file():
+        print(f"[tower] finished before, in {folder}")
+    else:
+        torch.manual_seed(config.seed)
+        sizes, how = config.teacher.model.vision, config.tower
+        tower = new_tower(sizes)
+        pretrain_tower(tower, how.images, how.steps, how.images_per_step, how.learning_rate, sizes.feature_layer, how.seed)
+        tower.save_pretrained(folder)
+        print(f"[tower] done: {folder}")
