@@ -10,7 +10,8 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from geodistill.language import SYSTEM
@@ -180,7 +181,7 @@ class ClusterConfig:
     precision: str = option("fp32", "fp32 | bf16 (float32 losses either way)")
     zero_stage: int = option(1, "DeepSpeed ZeRO stage of the student: 0, 1, 2")
     data_tasks: int = option(1, "Ray Data tasks that decode at once for one worker", "tasks")
-    prefetch: int = option(4, "micro-batches fetched ahead", "micro-batches")
+    window: int = option(32, "micro-batches decoded at a time; two windows are in memory at most", "micro-batches")
 
 
 @dataclass
@@ -228,21 +229,45 @@ def load(file: str | None, overrides: list[str] | None = None) -> Config:
     Raises ConfigError, with the key and the remedy, for a missing file, an unknown key, a wrong type or a contradiction.
     """
     tree = OmegaConf.structured(Config)
+    for item in overrides or []:
+        if "=" not in item:
+            raise ConfigError(f"override {item!r} is not of the form key=value")
     try:
-        if file is not None:
-            if not Path(file).is_file():
-                raise ConfigError(f"config file {file} does not exist; the shipped ones are in configs/")
-            tree = OmegaConf.merge(tree, OmegaConf.load(file))
-        for item in overrides or []:
-            if "=" not in item:
-                raise ConfigError(f"override {item!r} is not of the form key=value")
-        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides or [])))
+        for part in (_read(file), OmegaConf.from_dotlist(list(overrides or []))):
+            _need_groups(part)
+            tree = OmegaConf.merge(tree, part)
         config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, file)) from error
+    except TypeError as error:
+        raise ConfigError(f"the overrides {' '.join(overrides or [])} do not fit together: {error}") from error
     assert isinstance(config, Config)
     validate(config)
     return config
+
+
+def _read(file: str | None) -> DictConfig:
+    if file is None:
+        return OmegaConf.create({})
+    if not Path(file).is_file():
+        raise ConfigError(f"config file {file} does not exist; the shipped ones are in configs/")
+    try:
+        found = OmegaConf.load(file)
+    except (yaml.YAMLError, OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"config file {file} is not YAML: {error}") from error
+    if not isinstance(found, DictConfig):
+        raise ConfigError(f"config file {file} must hold keys and values, not a list or a single value")
+    return found
+
+
+def _need_groups(part: DictConfig) -> None:
+    """Raise ConfigError where a value stands for a whole group of settings, such as distill.loss=3."""
+    for name in {name.rpartition(".")[0] for name, *_ in keys()} - {""}:
+        for depth in range(name.count(".") + 1):
+            group = ".".join(name.split(".")[: depth + 1])
+            value = OmegaConf.select(part, group)
+            if value is not None and not isinstance(value, DictConfig):
+                raise ConfigError(f"{group} is a group of settings, not one value; set a key in it, such as {name}.KEY=...")
 
 
 def absolute(config: Config) -> Config:
@@ -345,6 +370,11 @@ def validate(config: Config) -> None:
     need(
         loss.preset == "paper" or loss.importance == "token",
         "distill.loss.preset=reference uses per-token weights; set distill.loss.importance=token",
+    )
+    need(
+        loss.updates_per_rollout == 1 or loss.importance == "token",
+        f"distill.loss.updates_per_rollout={loss.updates_per_rollout} clips a ratio per token; "
+        "set distill.loss.importance=token or distill.loss.updates_per_rollout=1",
     )
     trains = {
         "teacher.train": config.teacher.train,

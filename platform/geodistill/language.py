@@ -132,17 +132,3 @@ def chat_template(system: str = SYSTEM, user: str = "USER", assistant: str = "AS
         "{% else %}" + assistant + ": " + text + EOS + "{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}" + assistant + ":{% endif %}"
     )
-
-
-def image_prefix(system: str = SYSTEM, user: str = "USER") -> str:
-    """The text before and at the image, shared by every question on it (the prefix of an image row)."""
-    return f"{system} {user}: {IMAGE}\n"
-
-
-def branch_prompt(history: list[tuple[str, str]], question: str, user: str = "USER", assistant: str = "ASSISTANT") -> str:
-    """What follows the image prefix for one question: earlier turns (multi-round), the question, the assistant's cue.
-
-    The answer that follows is `" " + answer + EOS`.
-    """
-    text = "".join(f"{q} {assistant}: {a}{EOS}{user}: " for q, a in history)
-    return f"{text}{question} {assistant}:"

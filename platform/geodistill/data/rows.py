@@ -92,7 +92,7 @@ class Packer:
         self.image_tokens = image_tokens
         self.max_response = max_response
         self.questions_per_row = questions_per_row
-        before, _ = self._split(self._prompt([], "?"))
+        ((before, _),) = self._split([self._prompt([], "?")])
         self.prefix = before[:-1] + [self.image_id] * image_tokens
 
     def _prompt(self, history: list[tuple[str, str]], question: str) -> str:
@@ -104,39 +104,49 @@ class Packer:
                 messages.append({"role": "assistant", "content": [{"type": "text", "text": a}]})
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
-    def _split(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of `text` up to and after its image token (a special token, so neither side touches the other)."""
-        ids = self.tokenizer(text).input_ids
-        at = ids.index(self.image_id)
-        return ids[: at + 1], ids[at + 1 :]
-
-    def questions(self, record: str, conversations: list[Conversation], with_answers: bool = True) -> list[Question]:
-        """Every turn whose earlier turns have answers, as a question. Raises BadRecord for a response over the limit."""
+    def _split(self, texts: list[str]) -> list[tuple[list[int], list[int]]]:
+        """Token ids of each text up to and after its image token (a special token, so neither side touches the other)."""
         found = []
+        for ids in self.tokenizer(texts).input_ids if texts else []:
+            at = ids.index(self.image_id)
+            found.append((ids[: at + 1], ids[at + 1 :]))
+        return found
+
+    def questions(
+        self,
+        record: str,
+        conversations: list[Conversation],
+        with_answers: bool = True,
+        rejected: list[BadRecord] | None = None,
+    ) -> list[Question]:
+        """Every turn whose earlier turns have answers, as a question.
+
+        A response over the limit goes to `rejected`, with its reason, or raises BadRecord where there is no such list.
+        """
+        asked = []  # (where, conversation, turn number, prompt text, text with answer)
         for i, conversation in enumerate(conversations):
             for j, (question, answer) in enumerate(conversation.turns):
-                history = conversation.turns[:j]
-                if any(a is None for _, a in history):
+                history = [(q, a) for q, a in conversation.turns[:j] if a is not None]
+                if len(history) < j:
                     break
-                text = self._prompt([(q, a) for q, a in history if a is not None], question)
-                prompt = self._split(text)[1]
-                response = None
-                if answer is not None:
-                    full = self._split(f"{text} {answer}{self.tokenizer.eos_token}")[1]
-                    response = full[len(prompt) :]
-                    if len(response) > self.max_response:
-                        raise BadRecord(
-                            record,
-                            f"conversations[{i}].turns[{j}].answer",
-                            f"{len(response)} tokens are over the limit max_response={self.max_response}",
-                        )
-                last = j == len(conversation.turns) - 1
-                references = conversation.references if last and conversation.references else [answer] if answer else []
-                found.append(
-                    Question(
-                        prompt, response if with_answers else None, conversation.task, conversation.category, question, references
-                    )
-                )
+                text = self._prompt(history, question)
+                full = text if answer is None else f"{text} {answer}{self.tokenizer.eos_token}"
+                asked.append((f"conversations[{i}].turns[{j}].answer", conversation, j, text, full))
+        ids = self._split([text for *_, prompt, full in asked for text in (prompt, full)])
+        found = []
+        for (where, conversation, j, _, _), (_, prompt), (_, full) in zip(asked, ids[::2], ids[1::2], strict=True):
+            question, answer = conversation.turns[j]
+            response = full[len(prompt) :] if answer is not None else None
+            if response is not None and len(response) > self.max_response:
+                reason = f"{len(response)} tokens are over the limit max_response={self.max_response}"
+                if rejected is None:
+                    raise BadRecord(record, where, reason)
+                rejected.append(BadRecord(record, where, reason))
+                continue
+            last = j == len(conversation.turns) - 1
+            references = conversation.references if last and conversation.references else [answer] if answer else []
+            response = response if with_answers else None
+            found.append(Question(prompt, response, conversation.task, conversation.category, question, references))
         return found
 
     def pack(self, images: list[list[Question]]) -> Rows:

@@ -7,8 +7,10 @@ worker streams its own part through Ray Data tasks. So a run resumes at any step
 
 import functools
 import json
+import logging
 import pickle
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,12 +52,9 @@ def to_micro_batch(records: list[ImageRecord], packer: Packer, size: int) -> Mic
     batch = MicroBatch([], np.empty((0, size, size, 3), np.uint8), [])
     pixels = []
     for record in records:
-        questions: list[Question] = []
-        for conversation in record.conversations:
-            try:
-                questions += packer.questions(record.id, [conversation])
-            except BadRecord as error:
-                batch.rejected.append(str(error))
+        rejected: list[BadRecord] = []
+        questions = packer.questions(record.id, record.conversations, rejected=rejected)
+        batch.rejected += [str(error) for error in rejected]
         if questions:
             batch.ids.append(record.id)
             batch.questions.append(questions)
@@ -130,12 +129,26 @@ def stream(
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     items = [{"groups": json.dumps([vars(g) for g in chosen])} for chosen in planned]
-    blocks = max(1, len(items) // 8)
-    dataset = ray.data.from_items(items, override_num_blocks=blocks)
-    dataset = dataset.map(load, num_cpus=0.5, compute=ray.data.TaskPoolStrategy(size=config.cluster.data_tasks))
-    for rows in dataset.iter_batches(batch_size=1, prefetch_batches=config.cluster.prefetch, batch_format="pyarrow"):
-        yield pickle.loads(rows["batch"][0].as_py())
+
+    def decode(first: int, last: int) -> ray.data.Dataset:
+        tasks = config.cluster.data_tasks
+        window = ray.data.from_items(items[first:last], override_num_blocks=min(last - first, 4 * tasks))
+        return window.map(load, num_cpus=0.5, compute=ray.data.TaskPoolStrategy(size=tasks)).materialize()
+
+    # One window is trained on while the next is decoded: memory is bounded by two windows. One long execution with
+    # back-pressure would do the same, but its scheduler then spins in the trainer's process and halves its speed.
+    size = config.cluster.window
+    bounds = [0, *range(min(4, len(items)), len(items), size), len(items)]
+    with ThreadPoolExecutor(1) as ahead:
+        pending = ahead.submit(decode, *bounds[:2])
+        for first, last in zip(bounds[1:], [*bounds[2:], None], strict=True):
+            window = pending.result()
+            if last is not None:
+                pending = ahead.submit(decode, first, last)
+            for rows in window.iter_batches(batch_size=1, batch_format="pyarrow"):
+                yield pickle.loads(rows["batch"][0].as_py())
 
 
 def read_split(

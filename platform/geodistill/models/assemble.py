@@ -149,9 +149,10 @@ def image_tokens(model) -> int:
 
 
 def forbidden_tokens(tokenizer, vocabulary: int) -> Tensor:
-    """bool [vocabulary]: special tokens that no response may hold (image, padding, start); the end token may."""
-    forbidden = torch.zeros(vocabulary, dtype=torch.bool)
-    names = (IMAGE, tokenizer.pad_token, tokenizer.bos_token)
+    """bool [vocabulary]: tokens that no response may hold: image, padding, start, unknown, and rows of the head that the
+    tokenizer does not know. The end token may."""
+    forbidden = torch.arange(vocabulary) >= len(tokenizer)
+    names = (IMAGE, tokenizer.pad_token, tokenizer.bos_token, tokenizer.unk_token)
     forbidden[[tokenizer.convert_tokens_to_ids(name) for name in names if name]] = True
     return forbidden
 
@@ -206,6 +207,7 @@ class RowModel(nn.Module):
 
     def __init__(self, model, align: nn.Module | None = None, freeze_tower: bool = True):
         super().__init__()
+        assert model.config._attn_implementation == "sdpa", "only SDPA reads a boolean row mask as a mask"
         self.model = model
         self.align = align
         self.tower_frozen = freeze_tower
