@@ -1,7 +1,7 @@
-# make demo   the whole way on generated scenes, about a quarter of an hour on two cores
-# make test   the tests            make lint   ruff and mypy            make demo-teacher   make the shipped teacher again
+# make demo          the whole way on generated scenes, a quarter of an hour at most on two cores
+# make demo-seeds    the same comparison over three seeds          make demo-teacher   make the shipped teacher again
+# make test          the tests                                     make lint           ruff and mypy
 PYTHON ?= python3
-CONFIG ?= configs/demo.yaml
 ARGS ?=
 export RAY_ADDRESS ?= local
 PY = .venv/bin/python
@@ -15,12 +15,10 @@ PY = .venv/bin/python
 	touch $@
 
 demo: .venv/installed
-	$(PY) jobs/prepare.py --config $(CONFIG) $(ARGS)
-	$(PY) jobs/finetune.py --config $(CONFIG) role=teacher $(ARGS)
-	$(PY) jobs/finetune.py --config $(CONFIG) role=student $(ARGS)
-	$(PY) jobs/finetune.py --config $(CONFIG) role=blind $(ARGS)
-	$(PY) jobs/distill.py --config $(CONFIG) $(ARGS)
-	$(PY) jobs/evaluate.py --config $(CONFIG) $(ARGS)
+	$(PY) jobs/pipeline.py --config configs/demo.yaml $(ARGS)
+
+demo-seeds: demo
+	$(PY) jobs/seeds.py --config configs/demo.yaml $(ARGS)
 
 demo-teacher: .venv/installed
 	$(PY) jobs/pretrain.py --config configs/demo-teacher.yaml $(ARGS)

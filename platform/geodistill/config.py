@@ -204,10 +204,10 @@ def keys(kind: type = Config, prefix: str = "") -> list[tuple[str, str, Any, str
     found = []
     for f in fields(kind):
         name = prefix + f.name
-        if is_dataclass(f.type):
+        if isinstance(f.type, type) and is_dataclass(f.type):
             found += keys(f.type, name + ".")
             continue
-        default = f.default if f.default is not MISSING else f.default_factory()
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
         kind_name = getattr(f.type, "__name__", str(f.type)) if "[" not in str(f.type) else str(f.type)
         found.append((name, kind_name, default, f.metadata["unit"], f.metadata["help"]))
     return found

@@ -97,7 +97,7 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path, text):
     file = tmp_path / "broken.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=r"broken\.yaml"):
-        load(str(file))
+        load(str(file), ["data.root=/data"])
 
 
 def test_missing_file():
@@ -119,7 +119,7 @@ def test_every_key_is_explained():
 
 def test_shipped_configs_load():
     for file in (ROOT / "configs").glob("*.yaml"):
-        load(str(file))
+        load(str(file), ["data.root=/data"])
 
 
 def test_config_needs_neither_torch_nor_ray():

@@ -99,7 +99,6 @@ def test_prompt_is_geochats(tokenizer):
     ]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert text == f"{language.SYSTEM} USER: <image>\nWhat is it? ASSISTANT: a ship</s>USER: Where? ASSISTANT:"
-    assert text == language.image_prefix() + language.branch_prompt([("What is it?", "a ship")], "Where?")
     other = tokenizer.apply_chat_template(turns[:1], tokenize=False, chat_template=language.chat_template("S", "human", "gpt"))
     assert other == "S human: <image>\nWhat is it? "
 

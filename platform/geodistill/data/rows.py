@@ -11,6 +11,7 @@ Shapes: R rows, n branches a row, P prompt columns, C response columns, T longes
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class Rows:
     questions: list[list[Question]]
 
     def to(self, device: torch.device | str) -> "Rows":
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
 
@@ -134,9 +135,9 @@ class Packer:
                 asked.append((f"conversations[{i}].turns[{j}].answer", conversation, j, text, full))
         ids = self._split([text for *_, prompt, full in asked for text in (prompt, full)])
         found = []
-        for (where, conversation, j, _, _), (_, prompt), (_, full) in zip(asked, ids[::2], ids[1::2], strict=True):
+        for (where, conversation, j, _, _), (_, prompt), (_, whole) in zip(asked, ids[::2], ids[1::2], strict=True):
             question, answer = conversation.turns[j]
-            response = full[len(prompt) :] if answer is not None else None
+            response = whole[len(prompt) :] if answer is not None else None
             if response is not None and len(response) > self.max_response:
                 reason = f"{len(response)} tokens are over the limit max_response={self.max_response}"
                 if rejected is None:

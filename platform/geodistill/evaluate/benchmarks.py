@@ -76,7 +76,7 @@ def answer(config: Config, name: str, folder: str) -> list[dict]:
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     ray.data.DataContext.get_current().enable_progress_bars = False
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
-        Answerer,
+        Answerer,  # type: ignore[arg-type]
         fn_constructor_args=(config, folder, name in options.blind),
         compute=ray.data.ActorPoolStrategy(size=cluster.workers),
         num_cpus=0.5,

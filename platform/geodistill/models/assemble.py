@@ -82,8 +82,8 @@ def new_processor(tokenizer: PreTrainedTokenizerFast, image_size: int, patch: in
 
 
 def new_model(sizes: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """A LLaVA with random weights (and the tower of `sizes.tower`, where given)."""
-    tower = load_tower(sizes.tower) if sizes.tower else new_tower(sizes.vision)
+    """A LLaVA with random weights (and the tower of `sizes.tower`, where given, read at the layer its model reads)."""
+    tower, layer = load_tower(sizes.tower) if sizes.tower else (new_tower(sizes.vision), None)
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=sizes.hidden,
@@ -100,7 +100,7 @@ def new_model(sizes: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> LlavaFo
         vision_config=tower.config,
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
-        vision_feature_layer=sizes.vision.feature_layer,
+        vision_feature_layer=sizes.vision.feature_layer if layer is None else layer,
         image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
         tie_word_embeddings=False,
     )
@@ -250,7 +250,10 @@ class RowModel(nn.Module):
 
         features_BNH: tower features; None: the tower is trained and runs here, on `pixels_BCHW`.
         """
-        z = self.project(self.see(pixels_BCHW) if features_BNH is None else features_BNH)
+        if features_BNH is None:
+            assert pixels_BCHW is not None
+            features_BNH = self.see(pixels_BCHW)
+        z = self.project(features_BNH)
         branch = torch.cat([rows.branch_RP, responses.branch_RC], 1)
         position = torch.cat([rows.position_RP, responses.position_RC], 1)
         ids = torch.cat([rows.ids_RP, responses.ids_RC], 1)

@@ -168,11 +168,15 @@ def pretrain_tower(
     return metrics
 
 
-def load_tower(folder: str | Path) -> CLIPVisionModel:
-    """The tower of a folder that holds a CLIP vision tower or a whole LLaVA. Raises ValueError where there is neither."""
+def load_tower(folder: str | Path) -> tuple[CLIPVisionModel, int | None]:
+    """The tower of a folder that holds a CLIP vision tower or a whole LLaVA, and the layer that the LLaVA reads.
+
+    Raises ValueError where there is neither.
+    """
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} holds no model (config.json is missing); correct model.tower")
     if json.loads(file.read_text())["model_type"] == "llava":
-        return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).model.vision_tower
-    return CLIPVisionModel.from_pretrained(folder, dtype=torch.float32)
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+        return model.model.vision_tower, model.config.vision_feature_layer
+    return CLIPVisionModel.from_pretrained(folder, dtype=torch.float32), None

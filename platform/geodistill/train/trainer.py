@@ -5,7 +5,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from ray.train import CheckpointConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import CheckpointConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
 from geodistill.config import Config, save
