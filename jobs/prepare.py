@@ -1,26 +1,16 @@
-"""Raw data -> Parquet shards, manifest and tokenizer: python jobs/prepare.py --config FILE [key=value ...]"""
+"""Raw data -> Parquet shards, manifest and tokenizer."""
 
-import sys
+from geodistill.cli import main
+from geodistill.config import Config
 
-from geodistill.config import from_command_line
 
-
-def main() -> int:
-    """0: the shards are whole; 1: they cannot be made, with the reason on stderr."""
-    config = from_command_line("prepare")
-    from geodistill.cluster import connect
+def prepare_job(config: Config) -> None:
     from geodistill.data.shards import prepare
 
-    try:
-        connect()
-        manifest = prepare(config, parallel=True)
-    except ValueError as error:
-        print(f"prepare: {error}", file=sys.stderr)
-        return 1
+    manifest = prepare(config, parallel=True)
     images = sum(split["images"] for split in manifest["splits"].values())
     print(f"{images} images in {config.data.shards}/manifest.json")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main("prepare", prepare_job)

@@ -1,9 +1,9 @@
 """Pre-train the teacher's vision tower densely on generated scenes (the embedded data set only); writes run/tower."""
 
-from geodistill.config import from_command_line
+from geodistill.cli import settings
 
 if __name__ == "__main__":
-    config = from_command_line("pretrain")
+    config = settings("pretrain")
 
     from pathlib import Path
 

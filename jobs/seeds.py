@@ -6,49 +6,48 @@ once on the splits of distill.train.splits. Data and teacher are those of the ru
 
 import json
 import statistics
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-from geodistill.config import from_command_line
+from geodistill.cli import main
+from geodistill.config import Config
 
 SEEDS = (0, 1, 2)
 
-if __name__ == "__main__":
-    config = from_command_line("seeds")
 
-    from geodistill.cluster import connect
+def one_seed(config: Config, seed: int) -> dict[str, float]:
+    """Mean of the four tasks of the baseline and of both distilled students."""
     from geodistill.evaluate.benchmarks import evaluate
     from geodistill.evaluate.metrics import summary_table
     from geodistill.train.trainer import fit, stages
 
-    rows = []
-    try:
-        connect()
-        for seed in SEEDS:
-            run = f"{config.run}/seeds/{seed}"
-            one = replace(config, seed=seed, run=run, role="student")
-            for stage in stages(one, "finetune"):
-                fit(one, stage)
-            *warm, loop = stages(one, "distill")
-            for stage in warm:
-                fit(one, stage)
-            variants = {"labelled": ["train"], "all": loop.train.splits}
-            for name, splits in variants.items():
-                folder = f"{run}/distill-{name}"
-                fit(one, replace(loop, name=f"distill-{name}", folder=folder, train=replace(loop.train, splits=splits)))
-            models = {"baseline": f"{run}/baseline/model", **{n: f"{run}/distill-{n}/model" for n in variants}}
-            scores = evaluate(replace(one, evaluate=replace(config.evaluate, models=models)))
-            print(f"\nseed {seed}\n{summary_table(scores)}\n", flush=True)
-            rows.append({name: score["summary"]["mean"] for name, score in scores.items()})
-    except ValueError as error:
-        print(f"seeds: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
+    run = f"{config.run}/seeds/{seed}"
+    one = replace(config, seed=seed, run=run, role="student")
+    *warm, loop = stages(one, "distill")
+    for stage in [*stages(one, "finetune"), *warm]:
+        fit(one, stage)
+    models = {"baseline": f"{run}/baseline/model"}
+    for name, splits in {"labelled": ["train"], "all": loop.train.splits}.items():
+        folder = f"{run}/distill-{name}"
+        fit(one, replace(loop, name=f"distill-{name}", folder=folder, train=replace(loop.train, splits=splits)))
+        models[name] = f"{folder}/model"
+    scores = evaluate(replace(one, evaluate=replace(config.evaluate, models=models)))
+    print(f"\nseed {seed}\n{summary_table(scores)}\n", flush=True)
+    return {name: score["summary"]["mean"] for name, score in scores.items()}
+
+
+def seeds_job(config: Config) -> None:
+    rows = [one_seed(config, seed) for seed in SEEDS]
     Path(config.run, "seeds/seeds.json").write_text(json.dumps(rows, indent=1))
-    print("mean of the four tasks\nseed  baseline  labelled images  " + " + ".join(config.distill.train.splits))
+    print(f"mean of the four tasks; all: prompts on {' and '.join(config.distill.train.splits)}")
+    print("seed  baseline  labelled       all")
     for seed, row in zip(SEEDS, rows, strict=True):
-        print(f"{seed:4d}  {row['baseline']:8.1f}  {row['labelled']:15.1f}  {row['all']:8.1f}")
+        print(f"{seed:4d}  {row['baseline']:8.1f}  {row['labelled']:8.1f}  {row['all']:8.1f}")
     for name in ("labelled", "all"):
         gains = [row[name] - row["baseline"] for row in rows]
-        spread = statistics.stdev(gains)
-        print(f"{name} minus baseline: {statistics.mean(gains):+.1f} (each {', '.join(f'{g:+.1f}' for g in gains)}; deviation {spread:.1f})")
+        each = ", ".join(f"{g:+.1f}" for g in gains)
+        print(f"{name} minus baseline: {statistics.mean(gains):+.1f} (each {each}; deviation {statistics.stdev(gains):.1f})")
+
+
+if __name__ == "__main__":
+    main("seeds", seeds_job)

@@ -4,7 +4,6 @@
 """
 
 import difflib
-import sys
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -413,27 +412,3 @@ def validate(config: Config) -> None:
         config.distill.warm_start.method in ("sft", "kd"),
         "distill.warm_start.method must be kd or sft; the on-policy loop is distill.train",
     )
-
-
-def from_command_line(job: str, argv: list[str] | None = None) -> Config:
-    """Parse `--config FILE [key=value ...]`; print help or the error and leave (0 or 2) where nothing can be run."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    usage = f"usage: python jobs/{job}.py --config FILE [key=value ...]"
-    if "--help" in arguments or "-h" in arguments:
-        print(f"{usage}\n\nkeys, with type, default, meaning and [unit]:\n{describe()}")
-        raise SystemExit(0)
-    file = None
-    if "--config" in arguments:
-        at = arguments.index("--config")
-        if at + 1 >= len(arguments):
-            print(f"{job}: --config needs a file\n{usage}", file=sys.stderr)
-            raise SystemExit(2)
-        file = arguments[at + 1]
-        del arguments[at : at + 2]
-    try:
-        if file is None:
-            raise ConfigError(f"--config is missing; {usage}")
-        return absolute(load(file, arguments))
-    except ConfigError as error:
-        print(f"{job}: {error}", file=sys.stderr)
-        raise SystemExit(2) from error

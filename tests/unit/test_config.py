@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from geodistill import config
+from geodistill import cli, config
 from geodistill.config import Config, ConfigError, keys, load
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +108,7 @@ def test_missing_file():
 def test_command_line(capsys):
     for arguments, code in ((["--help"], 0), ([], 2), (["--config"], 2), (["--config", "nowhere.yaml"], 2)):
         with pytest.raises(SystemExit) as leave:
-            config.from_command_line("distill", arguments)
+            cli.settings("distill", arguments)
         assert leave.value.code == code
     assert "distill.loss.alpha" in capsys.readouterr().out
 

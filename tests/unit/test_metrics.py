@@ -4,6 +4,7 @@ import math
 from importlib.metadata import version
 
 import pytest
+
 from geodistill.evaluate.metrics import box_iou, grounding_ious, match_boxes, score, summary_table
 from geodistill.language import Box, format_box, format_boxes
 

@@ -7,10 +7,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
 from geodistill.evaluate.metrics import score
 from geodistill.evaluate.report import stage_figure, validation_figure, verdict, write_report
 from geodistill.language import SHORT_ANSWER
-from PIL import Image
 
 BOX = "{<10><20><50><60>|<30>}"
 VOID = {"meta", "img", "br"}

@@ -5,16 +5,17 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from ray.train import CheckpointConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import CheckpointConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
+from geodistill.cli import JobFailed
 from geodistill.config import Config, save
 from geodistill.data.shards import load_manifest
 from geodistill.models import assemble
 from geodistill.train.loop import Stage, worker
 
 
-class TrainingFailed(RuntimeError):
+class TrainingFailed(JobFailed):
     """A stage stopped on an error of a worker; the message is the worker's."""
 
 

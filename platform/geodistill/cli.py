@@ -1,0 +1,44 @@
+"""What every job shares: its command line, its Ray, and how it ends. Imports neither torch nor ray before the settings are checked."""
+
+import sys
+from collections.abc import Callable
+
+from geodistill.config import Config, ConfigError, absolute, describe, load
+
+
+class JobFailed(RuntimeError):
+    """A job stopped on an error that its message explains to the user."""
+
+
+def settings(job: str, argv: list[str] | None = None) -> Config:
+    """Parse `--config FILE [key=value ...]`; print help or the error and leave (0 or 2) where nothing can be run."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    usage = f"usage: python jobs/{job}.py --config FILE [key=value ...]"
+    if "--help" in arguments or "-h" in arguments:
+        print(f"{usage}\n\nkeys, with type, default, meaning and [unit]:\n{describe()}")
+        raise SystemExit(0)
+    try:
+        if "--config" not in arguments[:-1]:
+            raise ConfigError(f"--config FILE is missing; {usage}")
+        at = arguments.index("--config")
+        file = arguments[at + 1]
+        return absolute(load(file, arguments[:at] + arguments[at + 2 :]))
+    except ConfigError as error:
+        print(f"{job}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def main(job: str, work: Callable[[Config], None]) -> None:
+    """Run `work` with the settings of the command line, in the cluster of this process or a local Ray.
+
+    Exit codes: 0 done; 1 data or training failed, with the reason on stderr; 2 wrong settings, before Ray starts.
+    """
+    config = settings(job)
+    from geodistill.cluster import connect
+
+    try:
+        connect()
+        work(config)
+    except (ValueError, JobFailed) as error:
+        print(f"{job}: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
