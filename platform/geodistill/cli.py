@@ -1,4 +1,4 @@
-"""What every job shares: its command line, its Ray, and how it ends. Imports neither torch nor ray before the settings are checked."""
+"""What every job shares: its command line, its Ray, and how it ends. The settings are checked before torch or ray is imported."""
 
 import sys
 from collections.abc import Callable

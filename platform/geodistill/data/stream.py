@@ -54,11 +54,15 @@ def to_micro_batch(records: list[ImageRecord], packer: Packer, size: int) -> Mic
     for record in records:
         rejected: list[BadRecord] = []
         questions = packer.questions(record.id, record.conversations, rejected=rejected)
+        try:
+            image = square(open_image(record.image, record.id), size)
+        except BadRecord as error:
+            questions, rejected = [], [error]
         batch.rejected += [str(error) for error in rejected]
         if questions:
             batch.ids.append(record.id)
             batch.questions.append(questions)
-            pixels.append(square(open_image(record.image, record.id), size))
+            pixels.append(image)
     if pixels:
         batch.pixels = np.stack(pixels)
     return batch

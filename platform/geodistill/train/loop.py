@@ -93,7 +93,7 @@ class Reporter:
         self.stage, self.rank = stage, rank
         self.spent, self.began = start.seconds, time.time()
         self.sums: dict[str, Tensor] = {}
-        self.waited = 0.0
+        self.waited, self.set_aside = 0.0, 0
         self.last = (start.step, time.time())
         if rank == 0:
             path = Path(stage.folder) / "metrics.jsonl"
@@ -114,6 +114,12 @@ class Reporter:
             )
             self.sums[name] = self.sums.get(name, torch.zeros(2, dtype=torch.float64)) + pair
 
+    def reject(self, reasons: list[str]) -> None:
+        """Count what the stream set aside on this worker; say the first one."""
+        if reasons and not self.set_aside:
+            print(f"[{self.stage.name}] set aside: {reasons[0]} (further ones are counted as set_aside)", flush=True)
+        self.set_aside += len(reasons)
+
     def flush(self, step: int, extra: dict[str, float]) -> None:
         """Average over all workers (collective), write and print."""
         names = sorted(self.sums)
@@ -124,6 +130,7 @@ class Reporter:
         row["images_per_second"] = self.stage.train.images_per_step * steps / seconds
         row["data_wait"] = self.waited / seconds
         row["seconds"] = self.seconds
+        row["set_aside"] = self.set_aside
         self.sums, self.waited, self.last = {}, 0.0, (step, time.time())
         if self.rank == 0:
             left = (self.stage.train.steps - step) * seconds / max(steps, 1)
@@ -231,6 +238,8 @@ def worker(job: dict) -> None:
         drawn = [next(batches) for _ in range(run.micros)]
         drawn_pretrain = [next(corpus) for _ in range(run.micros)] if run.with_pretrain else []
         report.waited += time.time() - fetched
+        for batch in [*drawn, *drawn_pretrain]:
+            report.reject(batch.rejected)
 
         if train.method == "distill":
             update_on_policy(run, drawn, drawn_pretrain, report, step)

@@ -1,0 +1,54 @@
+"""The order of the data: a function of the seed alone, every group once an epoch, whatever the workers, resumable."""
+
+from itertools import chain
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from geodistill.config import TrainConfig
+from geodistill.data.shards import Group
+from geodistill.data.stream import Order, plan, square, to_micro_batch
+
+GROUPS = [Group(f"train-{i // 5:05d}.parquet", i % 5, 8) for i in range(23)]
+TRAIN = TrainConfig(steps=12, images_per_step=32, images_per_micro_batch=16)  # 4 groups a step, 2 a micro-batch
+
+
+def steps(world: int, start: int = 0, seed: int = 0) -> list[list[Group]]:
+    """The groups of each step over all workers."""
+    parts = [plan(Order(GROUPS, seed), TRAIN, 8, rank, world, start) for rank in range(world)]
+    micros = 32 // (16 * world)
+    return [
+        [g for m in range(micros) for part in parts for g in part[s * micros + m]] for s in range(len(parts[0]) // micros)
+    ]  # fmt: skip
+
+
+def test_every_group_once_an_epoch_in_an_order_of_its_own():
+    flat = list(chain.from_iterable(steps(1)))
+    first, second = flat[:23], flat[23:46]
+    assert len(flat) == 48 and set(first) == set(second) == set(GROUPS)
+    assert first != second and first != GROUPS
+
+
+def test_the_order_depends_on_the_seed_alone():
+    assert steps(1) == steps(1) == steps(2)
+    assert steps(1) != steps(1, seed=1)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_resumes_with_the_next_unseen_group(world):
+    assert steps(world, start=5) == steps(world)[5:]
+
+
+def test_a_wide_image_is_padded_with_the_mean_colour_and_a_square_one_is_only_resized():
+    wide = square(Image.new("RGB", (40, 20), (255, 0, 0)), 20)
+    assert wide.shape == (20, 20, 3) and tuple(wide[10, 10]) == (255, 0, 0)
+    assert tuple(wide[0, 0]) == (122, 116, 104)
+    assert np.array_equal(square(Image.new("RGB", (8, 8), (1, 2, 3)), 4), np.full((4, 4, 3), (1, 2, 3)))
+
+
+def test_a_response_over_the_limit_is_set_aside_with_its_reason(records, make_packer):
+    batch = to_micro_batch(records, make_packer(8, max_response=8), 32)
+    assert len(batch.ids) == len(batch.pixels) == len(batch.questions) == len(records)
+    assert batch.rejected and all("over the limit max_response=8" in reason for reason in batch.rejected)
+    assert all(len(q.response) <= 8 for asked in batch.questions for q in asked)

@@ -1,0 +1,92 @@
+"""Before a worker starts: pairs and data that cannot work are refused; stages, skip and learning rate."""
+
+import json
+
+import pytest
+
+from geodistill.config import load
+from geodistill.data import shards
+from geodistill.models import assemble
+from geodistill.train.loop import learning_rate
+from geodistill.train.trainer import check_stage, is_finished, settings_of, stages
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A prepared run folder with a tiny teacher of 16 image tokens over the run's tokenizer."""
+    folder = tmp_path_factory.mktemp("run")
+    config = settings(folder)
+    shards.prepare(config, parallel=False)
+    save_model(config, folder / "data" / "tokenizer", folder / "teacher" / "model")
+    return folder
+
+
+def settings(run, *overrides):
+    sizes = [f"{r}.model.vision.{k}" for r in ("teacher", "student") for k in ("patch=16", "hidden=16", "heads=2", "layers=2")]
+    small = ["data.train=16", "data.val=8", "data.test=8", "student.model.hidden=16", "student.model.heads=2"]
+    return load(None, [f"run={run}", *small, *sizes, *overrides])
+
+
+def save_model(config, tokenizer, folder):
+    tokenizer = assemble.load_tokenizer(tokenizer)
+    vision = config.student.model.vision
+    model = assemble.new_model(config.student.model, tokenizer)
+    assemble.save(model, assemble.new_processor(tokenizer, vision.image_size, vision.patch), folder)
+
+
+def test_a_pair_that_fits(run):
+    for stage in stages(settings(run), "distill")[:1]:
+        check_stage(settings(run), stage)
+
+
+def test_other_image_tokens_are_refused(run):
+    config = settings(run, "student.model.vision.patch=8")
+    with pytest.raises(ValueError, match=r"sees 16 image tokens, the student 64.*student\.model\.vision"):
+        check_stage(config, stages(config, "distill")[0])
+
+
+def test_other_vocabulary_is_refused(run, tmp_path):
+    other = assemble.new_tokenizer(["quite another text"], 300, "system")
+    other.save_pretrained(tmp_path / "tokenizer")
+    save_model(settings(run), tmp_path / "tokenizer", tmp_path / "student")
+    config = settings(run, f"student.model.init={tmp_path}/student")
+    with pytest.raises(ValueError, match="different vocabularies"):
+        check_stage(config, stages(config, "distill")[0])
+
+
+def test_missing_teacher_data_or_split_are_named(run, tmp_path):
+    config = settings(run, f"distill.teacher={tmp_path}/nowhere")
+    with pytest.raises(ValueError, match=r"nowhere holds no"):
+        check_stage(config, stages(config, "distill")[0])
+    config = settings(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"manifest\.json does not exist.*prepare"):
+        check_stage(config, stages(config, "finetune")[0])
+    config = settings(run, "distill.train.splits=[train,unlabelled]", "distill.warm_start.steps=0")
+    with pytest.raises(ValueError, match=r"no image in split 'unlabelled'"):
+        check_stage(config, stages(config, "distill")[0])
+
+
+def test_stages_of_the_jobs(run):
+    assert [s.name for s in stages(settings(run), "distill")] == ["distill/warm", "distill"]
+    assert [s.name for s in stages(settings(run, "distill.warm_start.steps=0"), "distill")] == ["distill"]
+    assert stages(settings(run, "role=teacher"), "finetune")[0].folder == f"{run}/teacher"
+    assert stages(settings(run, "role=blind"), "finetune")[0].train.blind
+    assert not stages(settings(run), "finetune")[0].train.blind
+
+
+def test_a_finished_stage_remembers_its_settings(run, tmp_path):
+    config = settings(run)
+    (stage,) = stages(config, "finetune")
+    assert not is_finished(tmp_path, settings_of(config, stage))
+    (tmp_path / "done.json").write_text(json.dumps({"settings": settings_of(config, stage)}))
+    assert is_finished(tmp_path, settings_of(config, stage))
+    config = settings(run, "seed=3")
+    with pytest.raises(ValueError, match=r"seed: 0 -> 3"):
+        is_finished(tmp_path, settings_of(config, stage))
+
+
+def test_learning_rate_rises_and_falls(run):
+    train = settings(run, "student.train.steps=100", "student.train.warmup=0.1", "student.train.learning_rate=1").student.train
+    rates = [learning_rate(train, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == 1
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False)) and rates[-1] == pytest.approx(0.1, abs=0.01)
