@@ -27,7 +27,9 @@ def connect() -> None:
         return
     os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
     address = os.environ.get("RAY_ADDRESS", "auto")
-    runtime_env = {"env_vars": dict(ENVIRONMENT)}
+    # A submitted job brings its runtime environment along (runtime-env.yaml), and Ray refuses a second one.
+    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    runtime_env = None if submitted else {"env_vars": dict(ENVIRONMENT)}
     if address != "local":
         try:
             ray.init(address=address, runtime_env=runtime_env, log_to_driver=True)

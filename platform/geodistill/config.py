@@ -323,7 +323,8 @@ def validate(config: Config) -> None:
     one_of("data.source", config.data.source, ("synthetic", "class_folders", "llava"))
     one_of("cluster.precision", config.cluster.precision, ("fp32", "bf16"))
     need(config.cluster.zero_stage in (0, 1, 2), f"cluster.zero_stage={config.cluster.zero_stage}: use 0, 1 or 2")
-    need(config.cluster.workers >= 1, f"cluster.workers={config.cluster.workers} must be at least 1")
+    for key in ("workers", "data_tasks", "window"):
+        need(getattr(config.cluster, key) >= 1, f"cluster.{key}={getattr(config.cluster, key)} must be at least 1")
     data = config.data
     need(
         data.source == "synthetic" or data.root != "",
@@ -391,8 +392,12 @@ def validate(config: Config) -> None:
             f"{name}.splits holds 'unlabelled', whose images have no answers, but {name}.method={train.method} "
             f"learns from answers; set {name}.method=distill or {name}.splits=[train]",
         )
-        need(train.steps >= 0, f"{name}.steps={train.steps} must not be negative")
-        for key in ("images_per_step", "images_per_micro_batch", "questions_per_row", "max_response", "log_every"):
+        least = 0 if name == "distill.warm_start" else 1
+        need(train.steps >= least, f"{name}.steps={train.steps} must be at least {least}")
+        for key in (
+            "images_per_step", "images_per_micro_batch", "questions_per_row", "max_response",
+            "log_every", "validate_every", "checkpoint_every",
+        ):  # fmt: skip
             need(getattr(train, key) >= 1, f"{name}.{key}={getattr(train, key)} must be at least 1")
         share = train.images_per_micro_batch * config.cluster.workers
         need(
@@ -406,6 +411,10 @@ def validate(config: Config) -> None:
             f"data.images_per_group={data.images_per_group}, the unit of reading",
         )
         need(0 <= train.warmup < 1, f"{name}.warmup={train.warmup} must lie in [0, 1)")
+    need(
+        config.distill.pretrain_splits == ["train"],
+        f"distill.pretrain_splits={config.distill.pretrain_splits}: the language-modelling term needs answers; set it to [train]",
+    )
     need(config.teacher.train.method == "sft", "teacher.train.method must be sft: the teacher has no teacher")
     need(config.student.train.method == "sft", "student.train.method must be sft; for kd use jobs/distill.py")
     need(

@@ -51,4 +51,4 @@ def test_a_response_over_the_limit_is_set_aside_with_its_reason(records, make_pa
     batch = to_micro_batch(records, make_packer(8, max_response=8), 32)
     assert len(batch.ids) == len(batch.pixels) == len(batch.questions) == len(records)
     assert batch.rejected and all("over the limit max_response=8" in reason for reason in batch.rejected)
-    assert all(len(q.response) <= 8 for asked in batch.questions for q in asked)
+    assert all(q.response is None or len(q.response) <= 8 for asked in batch.questions for q in asked)

@@ -143,7 +143,7 @@ class Packer:
                 if rejected is None:
                     raise BadRecord(record, where, reason)
                 rejected.append(BadRecord(record, where, reason))
-                continue
+                response = None  # the prompt can still be answered
             last = j == len(conversation.turns) - 1
             references = conversation.references if last and conversation.references else [answer] if answer else []
             response = response if with_answers else None

@@ -123,12 +123,15 @@ def stream(
     folder = Path(config.data.shards)
     manifest = load_manifest(folder, splits)
     order = Order([g for split in splits for g in groups(manifest, split)], seed)
-    planned = plan(order, train, config.data.images_per_group, rank, world, start)
+    planned = plan(order, train, manifest["settings"]["images_per_group"], rank, world, start)
 
     def load(row: dict) -> dict:
         found = [Group(**g) for g in json.loads(row["groups"])]
         records = [record for group in found for record in read_group(folder, group)]
-        return {"batch": pickle.dumps(to_micro_batch(records, new_packer(spec), spec.image_size))}
+        batch = to_micro_batch(records, new_packer(spec), spec.image_size)
+        if not batch.ids:
+            raise ValueError(f"no image of {found} can be used: {batch.rejected[:1]}; run jobs/prepare.py again")
+        return {"batch": pickle.dumps(batch)}
 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
@@ -160,8 +163,9 @@ def read_split(
 ) -> Iterator[MicroBatch]:
     """Every image of a split once, in file order, read in this process (validation); worker `rank` takes every world-th batch."""
     folder = Path(config.data.shards)
-    found = groups(load_manifest(folder, [split]), split)
-    per_batch = max(1, images_per_batch // config.data.images_per_group)
+    manifest = load_manifest(folder, [split])
+    found = groups(manifest, split)
+    per_batch = max(1, images_per_batch // manifest["settings"]["images_per_group"])
     for i, at in enumerate(range(0, len(found), per_batch)):
         if i % world == rank:
             records = [r for group in found[at : at + per_batch] for r in read_group(folder, group)]

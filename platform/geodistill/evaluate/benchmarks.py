@@ -1,15 +1,15 @@
 """Let models answer a split of the shards: Ray Data actors, greedy decoding over image rows, one prediction a question."""
 
-import hashlib
 import json
 import os
 import time
+from collections import Counter
 from pathlib import Path
 
 import ray.data
 import torch
 
-from geodistill.config import Config
+from geodistill.config import Config, save
 from geodistill.data.rows import Packer
 from geodistill.data.shards import Group, groups, load_manifest, read_group
 from geodistill.data.stream import to_micro_batch
@@ -100,6 +100,7 @@ def evaluate(config: Config) -> dict[str, dict]:
     A model whose weights have been answered for with the same settings is not asked again.
     """
     folder = Path(config.run) / "evaluate"
+    save(config, Path(config.run) / "config.yaml")
     folder.mkdir(parents=True, exist_ok=True)
     scores = {}
     for name, model in config.evaluate.models.items():
@@ -115,16 +116,29 @@ def evaluate(config: Config) -> dict[str, dict]:
             asked.write_text(json.dumps(digest))
         predictions = [json.loads(line) for line in file.read_text().splitlines()]
         scores[name] = metrics.score(predictions, config.evaluate.angle_counter_clockwise)
-    summary = {name: {**score["summary"], "detail": score} for name, score in scores.items()}
+    chance = constant_answers(predictions)
+    summary: dict[str, dict] = {name: {**score["summary"], "detail": score} for name, score in scores.items()}
+    summary["constant_answer"] = chance
     (Path(config.run) / "metrics.json").write_text(json.dumps(summary, indent=1))
     return scores
+
+
+def constant_answers(predictions: list[dict]) -> dict[str, float]:
+    """What a model reaches that knows the questions and not the image, %: the most frequent answer of each kind of question."""
+    found = {}
+    for task in ("scene_classification", "vqa"):
+        kinds: dict[str, Counter] = {}
+        for p in predictions:
+            if p["task"] == task:
+                kinds.setdefault(p["category"], Counter())[p["references"][0]] += 1
+        if kinds:
+            most = sum(counts.most_common(1)[0][1] for counts in kinds.values())
+            found[task] = 100 * most / sum(counts.total() for counts in kinds.values())
+    return found
 
 
 def fingerprint(config: Config, model: str) -> dict:
     """What decides the answers of a model: its weights, the test shards and the decoding limits."""
     manifest = load_manifest(Path(config.data.shards), [config.evaluate.split])
-    weights = hashlib.sha256()
-    for file in sorted(Path(model).glob("*.safetensors")):
-        weights.update(file.read_bytes())
     shards = [shard["sha256"] for shard in manifest["splits"][config.evaluate.split]["shards"]]
-    return {"weights": weights.hexdigest(), "shards": shards, "max_response": config.evaluate.max_response}
+    return {"weights": assemble.weights_digest(model), "shards": shards, "max_response": config.evaluate.max_response}

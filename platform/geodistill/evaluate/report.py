@@ -354,5 +354,8 @@ def _notes(config: Config, scores: dict[str, dict]) -> list[str]:
         f"{'counter-clockwise' if config.evaluate.angle_counter_clockwise else 'clockwise'} on the screen.",
     ]
     if any(name in config.evaluate.blind for name in scores):
-        notes.append(f"{', '.join(n for n in scores if n in config.evaluate.blind)}: trained and tested without the image.")
+        chance = json.loads((Path(config.run) / "metrics.json").read_text())["constant_answer"]
+        most = ", ".join(f"{task.replace('_', ' ')} {value:.1f}" for task, value in chance.items())
+        blind = ", ".join(n for n in scores if n in config.evaluate.blind)
+        notes.append(f"{blind}: trained and tested without the image; always the most frequent answer of a kind gives {most}.")
     return notes

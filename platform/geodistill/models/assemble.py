@@ -1,6 +1,8 @@
 """Build, load, save and check the models: a transformers LLaVA (CLIP tower, two-layer projector, Llama) and its processor."""
 
+import hashlib
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -128,18 +130,27 @@ def load(folder: str | Path):
 def save(model, processor, folder: str | Path) -> None:
     """Write a folder that plain transformers loads, whole or not at all."""
     folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
+    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     model.save_pretrained(partial)
     processor.save_pretrained(partial)
     if folder.exists():
-        old = folder.with_name(folder.name + ".old")
         folder.rename(old)
-        partial.rename(folder)
-        for file in old.iterdir():
-            file.unlink()
-        old.rmdir()
-    else:
-        partial.rename(folder)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def weights_digest(folder: str | Path) -> str:
+    """sha256 over the weights of a saved model; raises ValueError where there are none."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} holds no model (no *.safetensors); run the job that writes it, or correct the path")
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
 def image_tokens(model) -> int:
@@ -157,14 +168,14 @@ def forbidden_tokens(tokenizer, vocabulary: int) -> Tensor:
     return forbidden
 
 
-def image_tokens_of(folder: str | Path) -> int:
-    """`image_tokens` of a saved model or tower, from its config.json alone. Raises ValueError where there is none."""
+def image_shape_of(folder: str | Path) -> tuple[int, int]:
+    """(image_size, patch_size) in pixels of a saved model or tower, from its config.json alone. Raises ValueError."""
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} holds no model (config.json is missing); run the job that writes it, or correct the path")
     config = json.loads(file.read_text())
     vision = config.get("vision_config", config)
-    return (vision["image_size"] // vision["patch_size"]) ** 2
+    return vision["image_size"], vision["patch_size"]
 
 
 def vocabulary_of(folder: str | Path) -> dict[str, int]:
@@ -175,12 +186,16 @@ def vocabulary_of(folder: str | Path) -> dict[str, int]:
     return Tokenizer.from_file(str(file)).get_vocab()
 
 
-def check_pair(teacher: str | Path, student_vocabulary: dict[str, int], student_image_tokens: int) -> None:
-    """Raise ValueError before any weight is loaded if teacher and student cannot write one response together."""
-    tokens = image_tokens_of(teacher)
-    if tokens != student_image_tokens:
+def check_pair(teacher: str | Path, student_vocabulary: dict[str, int], student_image: tuple[int, int]) -> None:
+    """Raise ValueError before any weight is loaded if teacher and student cannot write one response together.
+
+    student_image: (image_size, patch_size) in pixels.
+    """
+    size, patch = image_shape_of(teacher)
+    if (size, patch) != student_image:
         raise ValueError(
-            f"the teacher {teacher} sees {tokens} image tokens, the student {student_image_tokens}: "
+            f"the teacher {teacher} sees {(size // patch) ** 2} image tokens ({size} pixels in patches of {patch}), the student "
+            f"{(student_image[0] // student_image[1]) ** 2} ({student_image[0]} in {student_image[1]}): "
             "give student.model.vision the teacher's image_size and patch"
         )
     vocabulary = vocabulary_of(teacher)
@@ -192,13 +207,13 @@ def check_pair(teacher: str | Path, student_vocabulary: dict[str, int], student_
         )
 
 
-def same_tower(a, b) -> bool:
-    """Do two models hold the same vision tower, weight for weight, and read the same layer of it?"""
+def same_tower(a, b, dtype: torch.dtype = torch.float32) -> bool:
+    """Do two models hold the same vision tower, weight for weight in `dtype`, and read the same layer of it?"""
     left, right = a.model.vision_tower.state_dict(), b.model.vision_tower.state_dict()
     return (
         left.keys() == right.keys()
         and a.config.vision_feature_layer == b.config.vision_feature_layer
-        and all(left[k].shape == right[k].shape and torch.equal(left[k], right[k]) for k in left)
+        and all(left[k].shape == right[k].shape and torch.equal(left[k].to(dtype), right[k].to(dtype)) for k in left)
     )
 
 

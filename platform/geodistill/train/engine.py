@@ -36,6 +36,8 @@ def start(module: nn.Module, train: TrainConfig, cluster: ClusterConfig, passes:
         "bf16": {"enabled": cluster.precision == "bf16"},
         "steps_per_print": 10**9,
     }
+    if cluster.precision == "bf16" and cluster.zero_stage > 0:  # DeepSpeed refuses it without ZeRO
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, model_parameters=parameters, config=settings)
     return engine
 

@@ -89,8 +89,8 @@ def align_map(config: Config, student, teacher) -> nn.Module | None:
 class Reporter:
     """Means over tokens and workers; metrics.jsonl, TensorBoard, and a line of progress with rate and time left."""
 
-    def __init__(self, stage: Stage, start: checkpoint.Progress, rank: int):
-        self.stage, self.rank = stage, rank
+    def __init__(self, stage: Stage, start: checkpoint.Progress, rank: int, device: torch.device):
+        self.stage, self.rank, self.device = stage, rank, device
         self.spent, self.began = start.seconds, time.time()
         self.sums: dict[str, Tensor] = {}
         self.waited, self.set_aside = 0.0, 0
@@ -123,7 +123,7 @@ class Reporter:
     def flush(self, step: int, extra: dict[str, float]) -> None:
         """Average over all workers (collective), write and print."""
         names = sorted(self.sums)
-        values = torch.stack([self.sums[name] for name in names])
+        values = torch.stack([self.sums[name] for name in names]).to(self.device)
         dist.all_reduce(values)
         row = {"step": step, **{k: (v[0] / v[1].clamp(min=1)).item() for k, v in zip(names, values, strict=True)}, **extra}
         seconds, steps = time.time() - self.last[1], step - self.last[0]
@@ -168,14 +168,16 @@ class Run:
         self.dtype = torch.bfloat16 if config.cluster.precision == "bf16" else torch.float32
         torch.manual_seed(config.seed)  # the same weights on every worker
         self.model, self.processor, teacher = build(config, stage)
-        shared = teacher is not None and assemble.same_tower(self.model, teacher)
+        shared = teacher is not None and assemble.same_tower(self.model, teacher, self.dtype)
         on_policy = train.method == "distill"
         align = align_map(config, self.model, teacher) if on_policy else None
         frozen = getattr(config, stage.sizes).model.freeze_tower
         student = assemble.RowModel(self.model, align, frozen).to(self.device)
         frozen_teacher = None
         if teacher is not None:
-            frozen_teacher = assemble.RowModel(teacher.to(self.device, self.dtype)).eval().requires_grad_(False)
+            frozen_teacher = assemble.RowModel(teacher.to(self.device)).eval().requires_grad_(False)
+            for parameter in teacher.parameters():  # not the buffers: rotary frequencies must stay in float32
+                parameter.data = parameter.data.to(self.dtype)
 
         # Every step runs the same number of backward passes on every worker: one per micro-batch, one more for D_PT.
         self.micros = train.images_per_step // (train.images_per_micro_batch * self.world)
@@ -227,9 +229,9 @@ def worker(job: dict) -> None:
     run = Run(job["config"], job["stage"])
     train, progress = run.stage.train, run.progress
     batches = run.stream(train.splits, run.config.seed)
-    corpus = run.stream(run.config.distill.pretrain_splits, run.config.seed + 1) if run.with_pretrain else iter(())
+    corpus = run.stream(run.config.distill.pretrain_splits, run.config.seed + 10**6) if run.with_pretrain else iter(())
     validation = list(read_split(run.config, "val", run.spec, train.images_per_micro_batch, run.rank, run.world))
-    report = Reporter(run.stage, progress, run.rank)
+    report = Reporter(run.stage, progress, run.rank, run.device)
 
     for step in range(progress.step, train.steps):
         for group in run.engine.optimizer.param_groups:
@@ -253,8 +255,9 @@ def worker(job: dict) -> None:
         if done % train.validate_every == 0 or last:
             value = validate(run, validation)
             report.write({"step": done, "validation_loss": value})
-            if run.rank == 0 and (not run.stage.keep_best or value < progress.best):
-                assemble.save(run.model, run.processor, Path(run.stage.folder) / "model")
+            folder = Path(run.stage.folder) / "model"
+            if run.rank == 0 and (not run.stage.keep_best or value < progress.best or not folder.exists()):
+                assemble.save(run.model, run.processor, folder)
             progress.best = min(progress.best, value)
         if done % train.checkpoint_every == 0 or last:
             progress.step, progress.seconds = done, report.seconds

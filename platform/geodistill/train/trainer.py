@@ -5,6 +5,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import ray
 from ray.train import CheckpointConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
@@ -48,15 +49,24 @@ def stages(config: Config, job: str) -> list[Stage]:
     return found
 
 
+REPORTING = ("log_every", "validate_every", "checkpoint_every")  # may differ between two runs of the same command
+REMEDIES = ("learning_rate", "max_grad_norm")  # may be lowered to go on after a loss that was not finite
+
+
 def settings_of(config: Config, stage: Stage) -> dict:
-    """The settings that decide the outcome of a stage: a finished one is skipped only if they are the same."""
-    found = {"seed": config.seed, "system": config.system, "data": asdict(config.data), "stage": asdict(stage)}
-    found["model"] = asdict(getattr(config, stage.sizes).model)
-    cluster = config.cluster
-    found["cluster"] = {"workers": cluster.workers, "precision": cluster.precision}
-    if stage.teacher:
-        found["loss"] = asdict(config.distill.loss)
-        found["pretrain_splits"] = config.distill.pretrain_splits
+    """What decides the outcome of a stage, weights included: it is skipped or resumed only where this is the same."""
+    train = {k: v for k, v in asdict(stage.train).items() if k not in REPORTING}
+    model = getattr(config, stage.sizes).model
+    found = {"seed": config.seed, "system": config.system, "train": train, "model": asdict(model)}
+    found["data"] = {k: v for k, v in asdict(config.data).items() if k != "shards"}
+    found["cluster"] = {"workers": config.cluster.workers, "precision": config.cluster.precision}
+    loss = asdict(config.distill.loss)
+    if stage.train.method == "distill":
+        found["loss"] = loss
+    elif stage.train.method == "kd":
+        found["loss"] = {k: v for k, v in loss.items() if k.startswith("kd_")}
+    weights = {"teacher": stage.teacher, "start": stage.start, "init": model.init, "tower": model.tower}
+    found["weights"] = {name: assemble.weights_digest(folder) for name, folder in weights.items() if folder}
     here = str(Path.cwd()) + "/"  # a project folder may be moved
     return json.loads(json.dumps(found).replace(here, ""))
 
@@ -68,46 +78,72 @@ def _flatten(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
-def is_finished(folder: Path, settings: dict) -> bool:
-    """Whether `folder` holds a finished stage of the same settings; ValueError, with the remedy, if of other ones."""
-    file = folder / "done.json"
-    if not file.is_file():
-        return False
-    old, new = _flatten(json.loads(file.read_text())["settings"]), _flatten(json.loads(json.dumps(settings)))
-    changed = [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+def _need_same(folder: Path, was: str, old: dict, new: dict, free: tuple[str, ...] = ()) -> None:
+    before, now = _flatten(old), _flatten(new)
+    changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not k.endswith(free or ("/",))]
     if changed:
-        raise ValueError(
-            f"{folder} was finished with other settings ({'; '.join(changed[:3])}); "
-            "choose another run=FOLDER, or delete that folder to train again"
-        )
-    return True
+        shown = "; ".join(f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in changed[:3])
+        raise ValueError(f"{folder} was {was} with other settings ({shown}); choose another run=FOLDER, or delete that folder")
+
+
+def is_finished(folder: Path, settings: dict) -> bool:
+    """Whether `folder` holds a finished stage of the same settings.
+
+    Raises ValueError, with the remedy, if it was finished, or begun, with other ones.
+    """
+    done, begun = folder / "done.json", folder / "settings.json"
+    if done.is_file():
+        _need_same(folder, "finished", json.loads(done.read_text())["settings"], settings)
+        return True
+    if begun.is_file() and (folder / "checkpoints").exists():
+        _need_same(folder, "begun", json.loads(begun.read_text()), settings, REMEDIES)
+    return False
+
+
+def check_resources(config: Config) -> None:
+    """Raise ValueError where Ray could only wait for ever: fewer CPUs or GPUs than workers and data tasks need."""
+    cluster, have = config.cluster, ray.cluster_resources()
+    need = {"CPU": cluster.workers * cluster.cpus_per_worker + 0.5, "GPU": cluster.workers if cluster.use_gpu else 0}
+    for kind, amount in need.items():
+        if have.get(kind, 0) < amount:
+            raise ValueError(
+                f"cluster.workers={cluster.workers} needs {amount:g} {kind}s (0.5 CPU of it for data), but this Ray has "
+                f"{have.get(kind, 0):g}; lower cluster.workers, cluster.cpus_per_worker or set cluster.use_gpu=false"
+            )
 
 
 def check_stage(config: Config, stage: Stage) -> None:
     """Raise ValueError for data, folders or a pair of models that cannot work, before a worker starts or a weight is loaded."""
-    load_manifest(Path(config.data.shards), [*stage.train.splits, "val"])
+    manifest = load_manifest(Path(config.data.shards), [*stage.train.splits, "val"])
     if stage.train.method == "distill" and config.distill.loss.pretrain > 0:
         load_manifest(Path(config.data.shards), config.distill.pretrain_splits)
+    per_group = manifest["settings"]["images_per_group"]
+    if stage.train.images_per_micro_batch % per_group:
+        raise ValueError(
+            f"images_per_micro_batch={stage.train.images_per_micro_batch} of {stage.name} must be a multiple of {per_group}, "
+            f"the images_per_group that {config.data.shards} was made with"
+        )
     if not stage.teacher:
         return
-    sizes = getattr(config, stage.sizes).model
-    start = stage.start or sizes.init
-    vision = sizes.vision
-    tokens = (vision.image_size // vision.patch) ** 2
-    if start or sizes.tower:
-        tokens = assemble.image_tokens_of(start or sizes.tower)
-    vocabulary = assemble.vocabulary_of(start or stage.teacher)
-    assemble.check_pair(stage.teacher, vocabulary, tokens)
+    model = getattr(config, stage.sizes).model
+    start = stage.start or model.init
+    image = (
+        assemble.image_shape_of(start or model.tower) if start or model.tower else (model.vision.image_size, model.vision.patch)
+    )
+    assemble.check_pair(stage.teacher, assemble.vocabulary_of(start or stage.teacher), image)
 
 
 def fit(config: Config, stage: Stage) -> None:
     """Train one stage to its end. Raises ValueError for what the user can mend, TrainingFailed for what broke on the way."""
     folder = Path(stage.folder)
+    check_stage(config, stage)
     settings = settings_of(config, stage)
     if is_finished(folder, settings):
         print(f"[{stage.name}] finished before, in {folder}", flush=True)
         return
-    check_stage(config, stage)
+    check_resources(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "settings.json").write_text(json.dumps(settings, indent=1))
     save(config, folder / "config.yaml")
     began = time.time()
     cluster = config.cluster
