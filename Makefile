@@ -24,7 +24,7 @@ demo-teacher: .venv/installed
 	$(PY) jobs/pretrain.py --config configs/demo-teacher.yaml $(ARGS)
 	$(PY) jobs/prepare.py --config configs/demo-teacher.yaml $(ARGS)
 	$(PY) jobs/finetune.py --config configs/demo-teacher.yaml role=teacher $(ARGS)
-	@echo "made runs/demo-teacher/teacher/model; the shipped one is configs/demo-teacher"
+	@echo "made runs/demo-teacher/teacher/model; copy it to configs/demo-teacher to ship it"
 
 test: .venv/installed
 	$(PY) -m pytest

@@ -104,7 +104,7 @@ class LossConfig:
     temperature: float = option(1.0, "temperature T of both distributions")
     single: float = option(1.0, "weight of the single-step term")
     long: float = option(1.0, "weight of the long-term term")
-    align: float = option(0.1, "weight of the feature alignment behind the projector (lambda_align)")
+    align: float = option(0.001, "weight of the feature alignment behind the projector (lambda_align); a squared distance")
     align_map: str = option("linear", "linear: learned map to the teacher's width | identity: widths must agree")
     pretrain: float = option(1.0, "weight of the language-modelling term on pretrain_splits (lambda_pt)")
     single_step_weighting: str = option("none", "weight of each single-step KL: none | importance (w_t)")

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from geodistill.evaluate.metrics import OTHER, SUMMARY
 
-UNITS = {"scene": "OA, %", "VQA": "mOA, %", "grounding": "acc@0.5, %", "captioning": "ROUGE-L F", "mean": "of the tasks"}
+UNITS = {"scene": "OA, %", "VQA": "mOA, %", "grounding": "acc@0.25, %", "captioning": "ROUGE-L F", "mean": "of the tasks"}
 # metric -> (title, unit) of its panel, in the order of the panels
 CURVES = {
     "loss": ("total loss", "objective"),
