@@ -69,31 +69,40 @@ def decode(
     for i in running:
         models[i].hidden(rows.ids_RP, rows.position_RP, prompt_mask, images[i][rows.image_R], caches[i])
 
+    # `kept_rows`: the rows that are still written, by their number in `rows`; finished ones leave caches and masks.
+    kept_rows = torch.arange(R, device=device)
     branch_RK, position_RK = rows.branch_RP, rows.position_RP
     token, alive = rows.last_Rn.clone(), rows.alive_Rn.clone()
     tokens = torch.zeros((R, n, limit), dtype=torch.long, device=device)
     length = torch.zeros((R, n), dtype=torch.long, device=device)
     mixture_steps, kept_steps, index_steps = [], [], []
     steps = 0
-    while steps < limit and bool(alive.any()):
-        width = int(alive.sum(1).max())
-        chosen = torch.argsort((~alive).to(torch.uint8), dim=1, stable=True)[:, :width]
-        live = alive.gather(1, chosen)
+    while steps < limit:
+        writing = alive[kept_rows].any(1)
+        if not bool(writing.any()):
+            break
+        if 2 * int(writing.sum()) <= len(kept_rows):
+            left = writing.nonzero()[:, 0]
+            kept_rows, branch_RK, position_RK = kept_rows[left], branch_RK[left], position_RK[left]
+            for i in running:
+                caches[i].batch_select_indices(left)
+        unfinished = alive[kept_rows]
+        width = int(unfinished.sum(1).max())
+        chosen = torch.argsort((~unfinished).to(torch.uint8), dim=1, stable=True)[:, :width]
+        live = unfinished.gather(1, chosen)
         branch = torch.where(live, chosen + 1, PADDING)
-        position = torch.where(live, rows.start_Rn.gather(1, chosen) + steps, 0)
+        position = torch.where(live, rows.start_Rn[kept_rows].gather(1, chosen) + steps, 0)
         branch_RK, position_RK = torch.cat([branch_RK, branch], 1), torch.cat([position_RK, position], 1)
         mask = attends(branch, position, branch_RK, position_RK)
+        fed = token[kept_rows].gather(1, chosen)
         log_p = {}
         for i in running:
-            hidden = models[i].hidden(token.gather(1, chosen), position, mask, None, caches[i])
+            hidden = models[i].hidden(fed, position, mask, None, caches[i])
             log_p[i] = log_probabilities(models[i].head(hidden[live]), temperature, forbidden)
         mixed = mix([log_p.get(i, torch.empty(0)) for i in range(len(models))], weights)
-        if greedy:
-            drawn = mixed.argmax(-1)
-        else:
-            drawn = torch.multinomial(mixed.exp(), 1, generator=generator)[:, 0]
+        drawn = mixed.argmax(-1) if greedy else torch.multinomial(mixed.exp(), 1, generator=generator)[:, 0]
         row, column = live.nonzero(as_tuple=True)
-        at = chosen[row, column]
+        row, at = kept_rows[row], chosen[row, column]
         tokens[row, at, steps] = drawn
         token[row, at] = drawn
         length[row, at] += 1

@@ -200,7 +200,8 @@ def _sort(predictions: list[dict]) -> tuple[dict[str, list[dict]], Counter[str]]
 def score(predictions: list[dict], counter_clockwise: bool = True) -> dict:
     """Every figure of one model, 0-100, per task; a task without samples is absent.
 
-    summary: OA, mOA, acc@0.25 (acc@0.5 stands with the task), the mean ROUGE-L over all captions (of images and regions), and the mean of those present.
+    summary: OA, mOA, acc@0.25 (acc@0.5 stands with the task), the mean ROUGE-L over all captions (of images and regions), and
+    the mean of those present.
     not_scored: counts of the samples that have no metric. counter_clockwise: the sign of theta in the box text.
     """
     tasks, left_out = _sort(predictions)
