@@ -131,6 +131,7 @@ class Packer:
                 if len(history) < j:
                     break
                 text = self._prompt(history, question)
+                text = text[text.index(self.image_token) :]  # what stands before a special token does not change what follows
                 full = text if answer is None else f"{text} {answer}{self.tokenizer.eos_token}"
                 asked.append((f"conversations[{i}].turns[{j}].answer", conversation, j, text, full))
         ids = self._split([text for *_, prompt, full in asked for text in (prompt, full)])

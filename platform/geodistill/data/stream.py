@@ -89,6 +89,22 @@ def new_packer(spec: PackerSpec) -> Packer:
     return Packer(tokenizer, spec.image_token, spec.image_tokens, spec.max_response, spec.questions_per_row)
 
 
+@functools.lru_cache(maxsize=128)
+def load_group(folder: str, group: Group, spec: PackerSpec) -> MicroBatch:
+    """A row group, decoded and tokenised. The last ones are kept in each process: a small labelled set is seen every epoch."""
+    return to_micro_batch(read_group(folder, group), new_packer(spec), spec.image_size)
+
+
+def join(batches: list[MicroBatch]) -> MicroBatch:
+    """Several micro-batches as one."""
+    return MicroBatch(
+        ids=[i for b in batches for i in b.ids],
+        pixels=np.concatenate([b.pixels for b in batches]),
+        questions=[q for b in batches for q in b.questions],
+        rejected=[r for b in batches for r in b.rejected],
+    )
+
+
 class Order:
     """The endless sequence of row groups: epoch after epoch, each a permutation that (seed, epoch) decides."""
 
@@ -127,8 +143,7 @@ def stream(
 
     def load(row: dict) -> dict:
         found = [Group(**g) for g in json.loads(row["groups"])]
-        records = [record for group in found for record in read_group(folder, group)]
-        batch = to_micro_batch(records, new_packer(spec), spec.image_size)
+        batch = join([load_group(str(folder), group, spec) for group in found])
         if not batch.ids:
             raise ValueError(f"no image of {found} can be used: {batch.rejected[:1]}; run jobs/prepare.py again")
         return {"batch": pickle.dumps(batch)}
@@ -168,5 +183,4 @@ def read_split(
     per_batch = max(1, images_per_batch // manifest["settings"]["images_per_group"])
     for i, at in enumerate(range(0, len(found), per_batch)):
         if i % world == rank:
-            records = [r for group in found[at : at + per_batch] for r in read_group(folder, group)]
-            yield to_micro_batch(records, new_packer(spec), spec.image_size)
+            yield join([load_group(str(folder), group, spec) for group in found[at : at + per_batch]])
