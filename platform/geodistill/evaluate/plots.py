@@ -26,7 +26,9 @@ CURVES = {
     "grad_norm": ("gradient norm", "L2"),
     "learning_rate": ("learning rate", ""),
     "images_per_second": ("throughput", "images / s"),
-    "data_wait": ("wait for data", "s"),
+    "data_wait": ("wait for data", "share of the time"),
+    "set_aside": ("answers and images set aside", "records"),
+    "finished": ("responses that ended by themselves", "share"),
     "seconds": ("time", "s"),
 }
 COLORS = {"truth": "#1a9641", "teacher": "#7b818a", "baseline": "#d7301f", "distilled": "#2166ac", "question": "#e69f00"}

@@ -130,11 +130,11 @@ def _details(scores: dict[str, dict]) -> str:
 def verdict(question: str, truth: str, answer: str, counter_clockwise: bool = True) -> tuple[str, bool | None]:
     """How an answer stands to the truth: (text, right or wrong, or None for free text, which has a ROUGE-L only).
 
-    A truth that is boxes alone: the rule of `metrics.grounding` at IoU 0.5; a short answer: equal after normalisation.
+    A truth that is boxes alone: the rule of `metrics.grounding` at IoU 0.25; a short answer: equal after normalisation.
     """
     if truth.lstrip().startswith("{") and boxes_of(truth):
         weakest, mean = grounding_ious(answer, [truth], counter_clockwise)
-        return f"IoU {mean:.2f}", weakest >= 0.5
+        return f"IoU {mean:.2f}", weakest >= 0.25
     if SHORT_ANSWER in question:
         return "", is_right(answer, [truth])
     return f"ROUGE-L {rouge(answer, [truth])[1]:.0f}", None
@@ -195,7 +195,7 @@ def _samples(samples: list[dict], counter_clockwise: bool) -> str:
     legend = " &ensp; ".join(f'<span class="one">{_key(name, names)}{escape(name)}</span>' for name in names)
     cards = "".join(_card(sample, names, counter_clockwise) for sample in samples)
     return (
-        f'<p class="soft">Boxes: {legend}. Grounding is right if every box is matched at IoU ≥ 0.5; a short answer if it is '
+        f'<p class="soft">Boxes: {legend}. Grounding is right if every box is matched at IoU ≥ 0.25; a short answer if it is '
         f'equal; free text is neither, it has a ROUGE-L F.</p><div class="grid" style="--min:256px">{cards}</div>'
     )
 
@@ -217,7 +217,7 @@ def _curves(histories: dict[str, list[dict]]) -> str:
 
 def _metrics(scores: dict[str, dict]) -> str:
     text = (
-        "Grounding counts an answer as right if all its boxes match at IoU ≥ 0.5. The mean is over unlike figures "
+        "Grounding counts an answer as right if all its boxes match at IoU ≥ 0.25. The mean is over unlike figures "
         "(accuracies and a ROUGE-L): good for comparing models here, not an accuracy. Bold: best of the column."
     )
     bars = _plot(
