@@ -135,6 +135,7 @@ class TeacherConfig:
 class StudentConfig:
     model: ModelConfig = section(ModelConfig, "the student's sizes or folder")
     train: TrainConfig = section(TrainConfig, "how finetune role=student trains the baseline")
+    blind_steps: int = option(0, "updates of the control that sees no image (role=blind); 0: those of student.train", "steps")
 
 
 @dataclass

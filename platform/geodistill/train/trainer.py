@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import ray
@@ -35,7 +35,7 @@ def stages(config: Config, job: str) -> list[Stage]:
             return [Stage("teacher", str(run / "teacher"), config.teacher.train, "teacher", "", "", True)]
         train = config.student.train
         if role == "blind":
-            train = type(train)(**{**vars(train), "blind": True})
+            train = replace(train, blind=True, steps=config.student.blind_steps or train.steps)
         name = "baseline" if role == "student" else "blind"
         return [Stage(name, str(run / name), train, "student", "", "", True)]
     distill = config.distill
