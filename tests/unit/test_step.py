@@ -10,7 +10,7 @@ from torch import nn
 
 from geodistill.config import LossConfig
 from geodistill.distill import losses
-from geodistill.distill.step import METHODS, Distiller, Experience
+from geodistill.distill.step import Distiller, Experience
 from geodistill.models.assemble import RowModel, same_tower
 
 LIMIT = 12
@@ -117,7 +117,7 @@ def test_on_policy_pass(loss, pair, make_distiller, make_packer, questions, pixe
     item = distiller.rollout(make_packer(8).pack(questions[:2]), pixels[:2])
     M = len(item.batch.token)
     total, metrics = distiller.on_policy_pass(pair[1], item, M, 32)
-    expected = (metrics["single"] + metrics["long"]) / M + 0.1 * metrics["align"] / 32
+    expected = (metrics["single"] + metrics["long"]) / M + loss.align * metrics["align"] / 32
     torch.testing.assert_close(total, expected)
     total.backward()
     gradients = trained(pair[1])
@@ -176,7 +176,6 @@ def test_written_pass(method, pair, make_distiller, make_packer, questions, pixe
     total.backward()
     gradients = trained(pair[1])
     assert all(torch.isfinite(g).all() for name, g in gradients.items() if not name.startswith("align"))
-    assert method.split()[0] in (*METHODS, "pretrain")
 
 
 def test_no_labelled_answer_still_runs_backward(pair, make_distiller, make_packer, questions, pixels):

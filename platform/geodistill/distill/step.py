@@ -16,8 +16,6 @@ from geodistill.data.rows import Responses, Rows, respond
 from geodistill.distill import losses
 from geodistill.distill.decode import decode, log_probabilities
 
-METHODS = ("sft", "kd", "distill")
-
 
 @dataclass
 class Experience:
