@@ -13,7 +13,8 @@ from geodistill.cli import JobFailed
 from geodistill.config import Config, save
 from geodistill.data.shards import load_manifest
 from geodistill.models import assemble
-from geodistill.train.loop import Stage, worker
+from geodistill.train.loop import worker
+from geodistill.train.reporter import Stage
 
 
 class TrainingFailed(JobFailed):
