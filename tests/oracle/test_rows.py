@@ -75,7 +75,7 @@ def gradients(model):
 def run_rows(student, teacher, packer, asked, pixels, forbidden):
     """(loss, log q [M, V], gradients) through the library's rows."""
     rows = packer.pack(asked)
-    responses = packer.written(rows)
+    responses = packer.answers(rows)
     with torch.no_grad():
         log_p = log_softmax(teacher(rows, responses, teacher.see(pixels))[0], forbidden)
     logits, _ = student(rows, responses, student.see(pixels))
@@ -128,7 +128,7 @@ def test_padding_and_batch_change_nothing(exact_student, make_packer, asked, sho
 
     def run(order):
         rows = packer.pack([asked[i] for i in order])
-        responses = packer.written(rows)
+        responses = packer.answers(rows)
         logits, _ = exact_student(rows, responses, exact_student.see(shown[list(order)]))
         return log_softmax(logits, forbidden)[:, ~forbidden].detach()
 
@@ -184,9 +184,9 @@ def test_the_teacher_sees_the_image(change, teacher, student, make_packer, asked
     packer = make_packer(8)
     distiller = Distiller(RowModel(student), RowModel(teacher), LossConfig(), forbidden, end, LIMIT, shared_tower=True)
     rows = packer.pack(asked)
-    responses = packer.written(rows)
+    responses = packer.answers(rows)
     other = shown.roll(1, 0) if change == "other image" else shown + 0.3 * torch.randn(shown.shape)
-    log_p, log_p_other = (distiller.written(rows, responses, x, with_teacher=True).log_p for x in (shown, other))
+    log_p, log_p_other = (distiller.labelled(rows, responses, x, with_teacher=True).log_p for x in (shown, other))
     change_M = (log_p.exp() - log_p_other.exp()).abs().sum(-1) / 2
     assert change_M.min() > 1e-4 and change_M.mean() > 0.01
 

@@ -31,6 +31,15 @@ def test_saved_config_loads_again(tmp_path):
     assert load(str(tmp_path / "sub" / "resolved.yaml")) == settings
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.name)
+def test_shipped_configs_are_valid_and_name_what_is_there(file, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    settings = load(str(file), ["data.root=here"])
+    for model in (settings.teacher.model, settings.student.model):
+        for folder in (model.init, model.tower):
+            assert not folder or folder.startswith(settings.run) or (Path(folder) / "config.json").is_file(), folder
+
+
 @pytest.mark.parametrize(
     ("override", "names"),
     [

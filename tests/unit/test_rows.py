@@ -49,7 +49,7 @@ def test_a_row_holds_prefix_and_prompts(make_packer):
 def test_written_responses_follow_their_prompts(make_packer, questions):
     packer = make_packer(8)
     rows = packer.pack(questions[:5])
-    responses = packer.written(rows)
+    responses = packer.answers(rows)
     token, sequence, step = responses.flat
     expected = [q.response for row in rows.questions for q in row]
     assert token.tolist() == [t for answer in expected for t in answer]
@@ -100,9 +100,9 @@ def test_unlabelled_conversations(make_packer):
     assert [q.prompt for q in hidden] == [q.prompt for q in labelled[:3]]  # the second turn stands on a hidden answer
     assert all(q.response is None and q.references == [] for q in hidden)
     assert [q.response for q in packer.questions("r", conversations(1), with_answers=False)] == [None]
-    responses = packer.written(packer.pack([hidden]))
+    responses = packer.answers(packer.pack([hidden]))
     assert not responses.valid_RC.any() and len(responses.flat[0]) == 0
-    assert packer.written(packer.pack([labelled[:1] + hidden])).valid_RC.sum() == len(labelled[0].response)
+    assert packer.answers(packer.pack([labelled[:1] + hidden])).valid_RC.sum() == len(labelled[0].response)
 
 
 def test_multi_round_history(make_packer, tokenizer):

@@ -43,8 +43,7 @@ def pair(teacher, student):
 @pytest.fixture
 def make_distiller(pair, forbidden, end):
     def make(loss: LossConfig | None = None, shared_tower: bool = True) -> Distiller:
-        generator = torch.Generator().manual_seed(0)
-        return Distiller(pair[1], pair[0], loss or LossConfig(), forbidden, end, LIMIT, shared_tower, generator)
+        return Distiller(pair[1], pair[0], loss or LossConfig(), forbidden, end, LIMIT, shared_tower)
 
     return make
 
@@ -78,7 +77,7 @@ def test_each_image_and_response_is_seen_once(shared, pair, make_distiller, make
 
     rows = make_packer(4).pack(questions[:3])  # several rows an image
     assert len(rows.image_R) > 3
-    item = distiller.rollout(rows, pixels[:3])
+    item = distiller.rollout(rows, pixels[:3], torch.Generator().manual_seed(0))
     M = len(item.batch.token)
     steps = int(item.responses.step_RC.max()) + 1
     assert [c.take() for c in towers] == [(0, 0) if shared else (1, 3), (1, 3)]
@@ -96,7 +95,7 @@ def test_a_trained_tower_gets_gradients(teacher, student, forbidden, end, make_p
     free = RowModel(copy.deepcopy(student).requires_grad_(), freeze_tower=False)
     frozen = RowModel(copy.deepcopy(teacher))
     distiller = Distiller(free, frozen, LossConfig(align=0.0), forbidden, end, LIMIT, shared_tower=True)
-    item = distiller.rollout(make_packer(8).pack(questions[:2]), pixels[:2])
+    item = distiller.rollout(make_packer(8).pack(questions[:2]), pixels[:2], torch.Generator().manual_seed(0))
     assert item.features is None
     distiller.on_policy_pass(free, item, len(item.batch.token), 32)[0].backward()
     assert free.model.model.vision_tower.embeddings.patch_embedding.weight.grad.abs().max() > 0
@@ -114,7 +113,7 @@ def test_a_trained_tower_gets_gradients(teacher, student, forbidden, end, make_p
 )
 def test_on_policy_pass(loss, pair, make_distiller, make_packer, questions, pixels):
     distiller = make_distiller(loss)
-    item = distiller.rollout(make_packer(8).pack(questions[:2]), pixels[:2])
+    item = distiller.rollout(make_packer(8).pack(questions[:2]), pixels[:2], torch.Generator().manual_seed(0))
     M = len(item.batch.token)
     total, metrics = distiller.on_policy_pass(pair[1], item, M, 32)
     expected = (metrics["single"] + metrics["long"]) / M + loss.align * metrics["align"] / 32
@@ -131,7 +130,7 @@ def test_on_policy_pass(loss, pair, make_distiller, make_packer, questions, pixe
 def test_rollout_records_the_mixture(alpha, temperature, pair, make_distiller, make_packer, questions, pixels):
     """log p and log p~ are those of alpha p + (1 - alpha) q at T, recomputed with a full forward of both models."""
     distiller = make_distiller(LossConfig(alpha=alpha, temperature=temperature))
-    item = distiller.rollout(make_packer(8).pack(questions[:2]), pixels[:2])
+    item = distiller.rollout(make_packer(8).pack(questions[:2]), pixels[:2], torch.Generator().manual_seed(0))
     with torch.no_grad():
         p, q = (
             torch.softmax(m(item.rows, item.responses, item.features)[0][:, ~distiller.forbidden] / temperature, -1) for m in pair
@@ -144,7 +143,7 @@ def test_rollout_records_the_mixture(alpha, temperature, pair, make_distiller, m
 
 def test_reuse_keeps_the_policy_that_generated(pair, make_distiller, make_packer, questions, pixels):
     distiller = make_distiller(LossConfig(updates_per_rollout=2))
-    item = distiller.rollout(make_packer(8).pack(questions[:2]), pixels[:2])
+    item = distiller.rollout(make_packer(8).pack(questions[:2]), pixels[:2], torch.Generator().manual_seed(0))
     M = len(item.batch.token)
     first, first_metrics = distiller.on_policy_pass(pair[1], item, M, 32)
     old = item.batch.log_q_old.clone()
@@ -160,12 +159,12 @@ def test_reuse_keeps_the_policy_that_generated(pair, make_distiller, make_packer
 
 
 @pytest.mark.parametrize("method", ["sft", "kd", "pretrain", "pretrain with teacher"])
-def test_written_pass(method, pair, make_distiller, make_packer, questions, pixels):
+def test_labelled_pass(method, pair, make_distiller, make_packer, questions, pixels):
     distiller, packer = make_distiller(), make_packer(8)
     rows = packer.pack(questions[:2])
     with_teacher = method in ("kd", "pretrain with teacher")
-    item = distiller.written(rows, packer.written(rows), pixels[:2], with_teacher)
-    total, metrics = distiller.written_pass(pair[1], item, item.tokens, method.split()[0])
+    item = distiller.labelled(rows, packer.answers(rows), pixels[:2], with_teacher)
+    total, metrics = distiller.labelled_pass(pair[1], item, item.tokens, method.split()[0])
     entropy = metrics["cross_entropy"] / item.tokens
     assert (item.log_p is not None) == with_teacher
     if with_teacher:
@@ -184,9 +183,9 @@ def test_no_labelled_answer_still_runs_backward(pair, make_distiller, make_packe
     hidden = [[replace(q, response=None) for q in asked] for asked in questions[:2]]
     rows = packer.pack(hidden)
     for method, with_teacher in (("sft", False), ("kd", True)):
-        item = distiller.written(rows, packer.written(rows), pixels[:2], with_teacher)
+        item = distiller.labelled(rows, packer.answers(rows), pixels[:2], with_teacher)
         assert item.tokens == 0
-        total, _ = distiller.written_pass(pair[1], item, 10, method)
+        total, _ = distiller.labelled_pass(pair[1], item, 10, method)
         total.backward()
         gradients = trained(pair[1])
         assert total.item() == 0
@@ -202,12 +201,12 @@ def merge(packer, questions, parts: list[Experience]) -> Experience:
         written += [answer.tolist() for answer in token.split(counts.tolist())]
     answers = iter(written)
     rows = packer.pack([[replace(q, response=next(answers)) for q in asked] for asked in questions])
-    responses = packer.written(rows)
+    responses = packer.answers(rows)
     token, sequence, step = responses.flat
     assert torch.equal(token, torch.cat([p.batch.token for p in parts]))
     log_p, mixture = (torch.cat([getattr(p.batch, name) for p in parts]) for name in ("log_p", "log_mixture"))
     features, pixels, z = (torch.cat([getattr(p, name) for p in parts]) for name in ("features", "pixels", "z_teacher"))
-    batch = losses.Batch(token, sequence, step, log_p, mixture, torch.empty(0))
+    batch = losses.Batch(token, sequence, step, log_p, mixture)
     return Experience(rows, responses, features, pixels, z, batch, 0.0, 0.0)
 
 
@@ -215,7 +214,7 @@ def test_accumulation_of_rollouts(pair, make_distiller, make_packer, questions, 
     """Two micro-batches of different sizes, each divided by the counts of both, equal one big batch."""
     distiller, packer, student = make_distiller(), make_packer(5), pair[1]
     halves = [slice(0, 3), slice(3, 4)]
-    parts = [distiller.rollout(packer.pack(questions[s]), pixels[s]) for s in halves]
+    parts = [distiller.rollout(packer.pack(questions[s]), pixels[s], torch.Generator().manual_seed(0)) for s in halves]
     tokens, image_tokens = sum(len(p.batch.token) for p in parts), 4 * 16
     for part in parts:
         distiller.on_policy_pass(student, part, tokens, image_tokens)[0].backward()
@@ -234,14 +233,14 @@ def test_accumulation_of_written_answers(method, pair, make_distiller, make_pack
 
     def item(part: slice):
         rows = packer.pack(questions[part])
-        return distiller.written(rows, packer.written(rows), pixels[part], with_teacher=method == "kd")
+        return distiller.labelled(rows, packer.answers(rows), pixels[part], with_teacher=method == "kd")
 
     parts, whole = [item(slice(0, 3)), item(slice(3, 4))], item(slice(0, 4))
     assert whole.tokens == sum(p.tokens for p in parts)
     for part in parts:
-        distiller.written_pass(student, part, whole.tokens, method)[0].backward()
+        distiller.labelled_pass(student, part, whole.tokens, method)[0].backward()
     accumulated = joined(trained(student))
-    distiller.written_pass(student, whole, whole.tokens, method)[0].backward()
+    distiller.labelled_pass(student, whole, whole.tokens, method)[0].backward()
     error = relative_error(accumulated, joined(trained(student)))
     print(f"{method}: {error:.1e}")
     assert error <= 1e-4

@@ -180,7 +180,7 @@ class Packer:
             position[r, : len(flat)] = torch.tensor(positions)
         return Rows(torch.tensor(image), ids, branch, position, last, start, alive, questions)
 
-    def written(self, rows: Rows) -> Responses:
+    def answers(self, rows: Rows) -> Responses:
         """The response region of the answers in the data (questions without one take no part)."""
         answers = [[q.response or [] for q in row] for row in rows.questions]
         longest = max((len(a) for row in answers for a in row), default=0)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from geodistill.data.rows import PADDING, Rows, attends
 
@@ -39,6 +40,45 @@ def mix(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return torch.logsumexp(torch.stack([part + torch.log(torch.tensor(weight)) for part, weight in used]), dim=0)
 
 
+class GrowingLayer(DynamicLayer):
+    """Keys and values of one layer in a buffer with room to grow: a step copies its own columns, not all that came before.
+
+    `keys` and `values` [R, heads, K, D] are views of that buffer.
+    """
+
+    keys: Tensor
+    values: Tensor
+    buffer: Tensor
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.buffer = key_states.new_empty(0)
+        used = self.get_seq_length()
+        columns = used + key_states.shape[2]
+        if self.buffer.numel() == 0 or columns > self.buffer.shape[3]:
+            rows, heads, _, width = key_states.shape
+            grown = key_states.new_empty((2, rows, heads, columns * 3 // 2, width))
+            if used:
+                grown[0, :, :, :used], grown[1, :, :, :used] = self.keys, self.values
+            self.buffer = grown
+        self.buffer[0, :, :, used:columns], self.buffer[1, :, :, used:columns] = key_states, value_states
+        self.keys, self.values = self.buffer[0, :, :, :columns], self.buffer[1, :, :, :columns]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`; the buffer is made anew at the next step."""
+        super().batch_select_indices(indices)
+        self.buffer = self.keys.new_empty(0)
+
+
+def new_cache(model) -> DynamicCache:
+    """An empty key-value cache for the language model of `model`, a transformers model."""
+    cache = DynamicCache(config=model.config.get_text_config())
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
 @torch.no_grad()
 def decode(
     models: Sequence,
@@ -64,7 +104,7 @@ def decode(
     device = rows.ids_RP.device
     R, n = rows.last_Rn.shape
     running = [i for i, weight in enumerate(weights) if weight > 0 or i == keep]
-    caches = {i: DynamicCache(config=models[i].model.config.get_text_config()) for i in running}
+    caches = {i: new_cache(models[i].model) for i in running}
     prompt_mask = attends(rows.branch_RP, rows.position_RP, rows.branch_RP, rows.position_RP)
     for i in running:
         models[i].hidden(rows.ids_RP, rows.position_RP, prompt_mask, images[i][rows.image_R], caches[i])

@@ -20,7 +20,7 @@ class Batch:
     """What the losses need of M response tokens.
 
     token, sequence, step [M]: the token, which response it belongs to, and t. log_p [M, V]: the teacher's distribution.
-    log_mixture [M]: log p~(y_t). log_q_old [M]: log q(y_t) of the policy that generated.
+    log_mixture [M]: log p~(y_t). log_q_old [M]: log q(y_t) of the policy that generated, known after its first pass.
     """
 
     token: Tensor
@@ -28,7 +28,7 @@ class Batch:
     step: Tensor
     log_p: Tensor
     log_mixture: Tensor
-    log_q_old: Tensor
+    log_q_old: Tensor | None = None
 
 
 def pick(log_MV: Tensor, token_M: Tensor) -> Tensor:
@@ -103,6 +103,7 @@ def reverse_kl(log_q_MV: Tensor, batch: Batch, loss: LossConfig) -> tuple[Tensor
     """
     log_q = pick(log_q_MV, batch.token)
     log_p = pick(batch.log_p, batch.token)
+    assert batch.log_q_old is not None
     reward = log_p - batch.log_q_old
     weight = importance(log_q, batch, loss.importance)
     divergence = kl(log_q_MV, batch.log_p)

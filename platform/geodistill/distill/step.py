@@ -32,7 +32,7 @@ class Experience:
 
 
 @dataclass
-class Written:
+class Labelled:
     """One micro-batch whose responses come from the data."""
 
     rows: Rows
@@ -61,11 +61,10 @@ class Distiller:
         end: int,
         limit: int,
         shared_tower: bool = False,
-        generator: torch.Generator | None = None,
     ):
         self.student, self.teacher, self.loss = student, teacher, loss
         self.forbidden, self.end, self.limit = forbidden, end, limit
-        self.shared_tower, self.generator = shared_tower, generator
+        self.shared_tower = shared_tower
 
     def _features(self, pixels: Tensor, for_teacher: bool) -> tuple[Tensor | None, Tensor | None]:
         """(student's, teacher's) tower features; a shared frozen tower runs once."""
@@ -77,12 +76,12 @@ class Distiller:
             return student, student if shared else self.teacher.see(pixels)
 
     @torch.no_grad()
-    def rollout(self, rows: Rows, pixels: Tensor) -> Experience:
+    def rollout(self, rows: Rows, pixels: Tensor, generator: torch.Generator) -> Experience:
         """Generation stage: p~ = alpha p + (1 - alpha) q writes the responses; the teacher's rows of it are kept."""
         features, features_teacher = self._features(pixels, for_teacher=True)
         z_teacher = self.teacher.project(features_teacher)
         seen = features if features is not None else self.student.see(pixels)
-        written = decode(
+        rollout = decode(
             [self.teacher, self.student],
             [self.loss.alpha, 1 - self.loss.alpha],
             rows,
@@ -92,12 +91,12 @@ class Distiller:
             self.end,
             temperature=self.loss.temperature,
             keep=0,
-            generator=self.generator,
+            generator=generator,
         )
-        responses = respond(rows, written.tokens_RnT, written.length_Rn)
+        responses = respond(rows, rollout.tokens_RnT, rollout.length_Rn)
         token, sequence, step = responses.flat
-        assert written.kept_MV is not None
-        batch = losses.Batch(token, sequence, step, written.kept_MV, written.mixture_M, torch.empty(0))
+        assert rollout.kept_MV is not None
+        batch = losses.Batch(token, sequence, step, rollout.kept_MV, rollout.mixture_M)
         branches = rows.alive_Rn.sum().clamp(min=1)
         return Experience(
             rows,
@@ -106,11 +105,11 @@ class Distiller:
             pixels,
             z_teacher,
             batch,
-            length=float(written.length_Rn.sum() / branches),
-            finished=float(written.finished_Rn.sum() / branches),
+            length=float(rollout.length_Rn.sum() / branches),
+            finished=float(rollout.finished_Rn.sum() / branches),
         )
 
-    def written(self, rows: Rows, responses: Responses, pixels: Tensor, with_teacher: bool) -> Written:
+    def labelled(self, rows: Rows, responses: Responses, pixels: Tensor, with_teacher: bool) -> Labelled:
         """A micro-batch of answers from the data, with the teacher's distribution on them where it is asked for."""
         features, features_teacher = self._features(pixels, for_teacher=with_teacher)
         log_p = None
@@ -118,7 +117,7 @@ class Distiller:
             with torch.no_grad():
                 logits, _ = self.teacher(rows, responses, features_teacher)
                 log_p = log_probabilities(logits, 1.0, self.forbidden)
-        return Written(rows, responses, features, pixels, log_p)
+        return Labelled(rows, responses, features, pixels, log_p)
 
     def on_policy_pass(
         self, forward: Callable, item: Experience, tokens: float, image_tokens: float
@@ -130,7 +129,7 @@ class Distiller:
         """
         logits, z_student = forward(item.rows, item.responses, item.features, item.pixels)
         log_q = log_probabilities(logits, self.loss.temperature, self.forbidden)
-        if item.batch.log_q_old.numel() == 0:  # first use: the policy that generated is the one that is updated
+        if item.batch.log_q_old is None:  # first use: the policy that generated is the one that is updated
             item.batch.log_q_old = losses.pick(log_q, item.batch.token).detach()
         single, long, metrics = losses.reverse_kl(log_q, item.batch, self.loss)
         metrics |= {"single": single.detach(), "long": long.detach()}
@@ -141,7 +140,7 @@ class Distiller:
             total = total + self.loss.align * align / image_tokens
         return total, metrics
 
-    def written_pass(self, forward: Callable, item: Written, tokens: float, method: str) -> tuple[Tensor, dict[str, Tensor]]:
+    def labelled_pass(self, forward: Callable, item: Labelled, tokens: float, method: str) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one micro-batch of written answers, already divided by `tokens`, the count over the whole step.
 
         method: sft (cross-entropy), kd (equation 3), pretrain (L_pt: cross-entropy, or half of it and half forward KL

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import random
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -312,7 +313,8 @@ def _predictions(file: Path) -> list[dict]:
 
 def _drawn(config: Config, answers: dict[str, list[dict]]) -> list[dict]:
     """Samples for the report: half of them with boxes, where the split has such questions; one question an image."""
-    first = next(iter(answers.values()), [])
+    first = list(next(iter(answers.values()), []))
+    random.Random(0).shuffle(first)  # the split is in order of its source: its head may be one class
     by_key = {name: {(p["id"], p["question"]): p["prediction"] for p in found} for name, found in answers.items()}
     wanted, seen = [], set()
     tasks = ["grounding", "region_captioning", "grounding", "captioning", "grounding", "vqa", "grounding", "scene_classification"]

@@ -1,4 +1,7 @@
-"""Everything that a resume needs: the engine's state (trainable weights, optimizer), progress, and random states."""
+"""Everything that a resume needs: the engine's state (trainable weights, optimizer) and progress.
+
+There is no random state: the order of the data and every sampled token follow from the seed and the step (loop.py).
+"""
 
 import json
 import tempfile
@@ -6,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import ray.train
-import torch
 
 
 @dataclass
@@ -19,20 +21,18 @@ class Progress:
     world: int = 1
 
 
-def save(engine, progress: Progress, generator: torch.Generator, metrics: dict) -> None:
+def save(engine, progress: Progress, metrics: dict) -> None:
     """Write one checkpoint from every worker and report it to Ray Train (collective)."""
     rank = ray.train.get_context().get_world_rank()
     with tempfile.TemporaryDirectory() as folder:
         engine.save_checkpoint(folder, tag="engine", save_latest=False, exclude_frozen_parameters=True)
-        states = {"torch": torch.get_rng_state(), "sampling": generator.get_state()}
-        torch.save(states, Path(folder) / f"random-{rank}.pt")
         if rank == 0:
             (Path(folder) / "progress.json").write_text(json.dumps(asdict(progress)))
         checkpoint = ray.train.Checkpoint.from_directory(folder)
         ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"step-{progress.step:06d}")
 
 
-def restore(engine, generator: torch.Generator) -> Progress:
+def restore(engine) -> Progress:
     """Load the latest checkpoint of this run into the engine; a new run starts at step 0.
 
     Raises ValueError if it was written by another number of workers.
@@ -40,7 +40,7 @@ def restore(engine, generator: torch.Generator) -> Progress:
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return Progress(world=ray.train.get_context().get_world_size())
-    rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    world = ray.train.get_context().get_world_size()
     with checkpoint.as_directory() as folder:
         progress = Progress(**json.loads((Path(folder) / "progress.json").read_text()))
         if progress.world != world:
@@ -49,7 +49,4 @@ def restore(engine, generator: torch.Generator) -> Progress:
                 f"set cluster.workers={progress.world} (now {world}) or start another run="
             )
         engine.load_checkpoint(folder, tag="engine", load_module_strict=False)
-        states = torch.load(Path(folder) / f"random-{rank}.pt", weights_only=True)
-    torch.set_rng_state(states["torch"])
-    generator.set_state(states["sampling"])
     return progress

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from geodistill.config import Config, TrainConfig
 from geodistill.data.rows import Rows
 from geodistill.data.stream import MicroBatch, PackerSpec, new_packer, read_split, stream
-from geodistill.distill.step import Distiller, Experience, Written
+from geodistill.distill.step import Distiller, Experience, Labelled
 from geodistill.language import IMAGE
 from geodistill.models import assemble
 from geodistill.models.vision import normalize
@@ -39,8 +39,8 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 
 def build(config: Config, stage: Stage):
     """(student model, its processor, teacher model or None). The tokenizer is the teacher's where there is one."""
-    sizes = getattr(config, stage.sizes).model
-    start = stage.start or sizes.init
+    sizes = getattr(config, stage.role).model
+    start = stage.weights or sizes.init
     teacher = None
     if stage.teacher:
         teacher, _ = assemble.load(stage.teacher)
@@ -87,7 +87,7 @@ class Run:
         shared = teacher is not None and assemble.same_tower(self.model, teacher, self.dtype)
         on_policy = train.method == "distill"
         align = align_map(config, self.model, teacher) if on_policy else None
-        frozen = getattr(config, stage.sizes).model.freeze_tower
+        frozen = getattr(config, stage.role).model.freeze_tower
         student = assemble.RowModel(self.model, align, frozen).to(self.device)
         frozen_teacher = None
         if teacher is not None:
@@ -100,8 +100,7 @@ class Run:
         self.with_pretrain = on_policy and config.distill.loss.pretrain > 0
         self.passes = self.micros * (2 if self.with_pretrain else 1)
         self.engine = engine.start(student, train, config.cluster, self.passes)
-        self.generator = torch.Generator(self.device).manual_seed(config.seed * 1000 + self.rank)
-        self.progress = checkpoint.restore(self.engine, self.generator)
+        self.progress = checkpoint.restore(self.engine)
 
         tokenizer, vocabulary = self.processor.tokenizer, self.model.config.text_config.vocab_size
         forbidden = assemble.forbidden_tokens(tokenizer, vocabulary).to(self.device)
@@ -113,7 +112,6 @@ class Run:
             tokenizer.eos_token_id,
             train.max_response,
             shared,
-            self.generator,
         )
         folder = Path(stage.folder) / "tokenizer"
         if self.rank == 0:
@@ -134,10 +132,16 @@ class Run:
         pixels = torch.zeros_like(pixels) if self.stage.train.blind else pixels
         return self.packer.pack(batch.questions).to(self.device), pixels.to(self.dtype)
 
-    def written(self, batch: MicroBatch, with_teacher: bool) -> Written:
+    def sampler(self, step: int, number: int) -> torch.Generator:
+        """What samples the responses of this worker's micro-batch `number` of a step: the same whatever worker has it, and
+        after a resume."""
+        place = (step * self.micros + number) * self.world + self.rank
+        return torch.Generator(self.device).manual_seed(self.config.seed * 2**32 + place)
+
+    def labelled(self, batch: MicroBatch, with_teacher: bool) -> Labelled:
         """A micro-batch of answers from the data."""
         rows, pixels = self.rows(batch)
-        return self.distiller.written(rows, self.packer.written(rows), pixels, with_teacher)
+        return self.distiller.labelled(rows, self.packer.answers(rows), pixels, with_teacher)
 
 
 def worker(job: dict) -> None:
@@ -162,7 +166,7 @@ def worker(job: dict) -> None:
         if train.method == "distill":
             update_on_policy(run, drawn, drawn_pretrain, report, step)
         else:
-            update_written(run, drawn, report, step)
+            update_labelled(run, drawn, report, step)
 
         done = step + 1
         last = done == train.steps
@@ -177,14 +181,14 @@ def worker(job: dict) -> None:
             progress.best = min(progress.best, value)
         if done % train.checkpoint_every == 0 or last:
             progress.step, progress.seconds = done, report.seconds
-            checkpoint.save(run.engine, progress, run.generator, {"step": done, "best_validation_loss": progress.best})
+            checkpoint.save(run.engine, progress, {"step": done, "best_validation_loss": progress.best})
 
 
 def update_on_policy(run: Run, drawn: list[MicroBatch], corpus: list[MicroBatch], report: Reporter, step: int) -> None:
     """One step of Table 1's loop: generate all responses of the step, count, then one backward per micro-batch."""
     loss, distiller = run.config.distill.loss, run.distiller
-    items = [distiller.rollout(*run.rows(batch)) for batch in drawn]
-    pretrain = [run.written(batch, with_teacher=loss.preset == "reference") for batch in corpus]
+    items = [distiller.rollout(*run.rows(batch), run.sampler(step, number)) for number, batch in enumerate(drawn)]
+    pretrain = [run.labelled(batch, with_teacher=loss.preset == "reference") for batch in corpus]
     for item in items:
         branches = float(item.rows.alive_Rn.sum())
         report.add({"length": torch.tensor(item.length * branches), "finished": torch.tensor(item.finished * branches)}, branches)
@@ -202,27 +206,27 @@ def update_on_policy(run: Run, drawn: list[MicroBatch], corpus: list[MicroBatch]
         report.add(metrics, len(item.batch.token))
         return value
 
-    def modelling(item: Written) -> Tensor:
-        value, metrics = distiller.written_pass(run.engine, item, pretrain_tokens, "pretrain")
+    def modelling(item: Labelled) -> Tensor:
+        value, metrics = distiller.labelled_pass(run.engine, item, pretrain_tokens, "pretrain")
         report.add({"pretrain": metrics["cross_entropy"]}, item.tokens)
         return loss.pretrain * value
 
     for _ in range(loss.updates_per_rollout):
-        apply(run, [*((on_policy, i) for i in items), *((modelling, i) for i in pretrain)], report, step)
+        update(run, [*((on_policy, i) for i in items), *((modelling, i) for i in pretrain)], report, step)
 
 
-def update_written(run: Run, drawn: list[MicroBatch], report: Reporter, step: int) -> None:
+def update_labelled(run: Run, drawn: list[MicroBatch], report: Reporter, step: int) -> None:
     """One step on the answers of the data: sft, or kd with the teacher's distribution."""
     method = run.stage.train.method
-    items = [run.written(batch, with_teacher=method == "kd") for batch in drawn]
+    items = [run.labelled(batch, with_teacher=method == "kd") for batch in drawn]
     (tokens,) = global_counts(run, sum(i.tokens for i in items))
 
-    def learn(item: Written) -> Tensor:
-        value, metrics = run.distiller.written_pass(run.engine, item, tokens, method)
+    def learn(item: Labelled) -> Tensor:
+        value, metrics = run.distiller.labelled_pass(run.engine, item, tokens, method)
         report.add(metrics, item.tokens)
         return value
 
-    apply(run, [(learn, i) for i in items], report, step)
+    update(run, [(learn, i) for i in items], report, step)
 
 
 def global_counts(run: Run, *counts: float) -> list[float]:
@@ -232,7 +236,7 @@ def global_counts(run: Run, *counts: float) -> list[float]:
     return [max(c, 1.0) for c in total.tolist()]
 
 
-def apply(run: Run, passes: list[tuple[Callable[..., Tensor], Any]], report: Reporter, step: int) -> None:
+def update(run: Run, passes: list[tuple[Callable[..., Tensor], Any]], report: Reporter, step: int) -> None:
     """One backward per pass, then one optimizer step, unless any worker's loss is not finite (collective).
 
     A pass returns its share of a loss that is divided by global counts already, so the averages that DeepSpeed takes over
@@ -269,8 +273,8 @@ def validate(run: Run, batches: list[MicroBatch]) -> float:
     """Mean cross-entropy per response token on the validation split, over all workers (collective)."""
     total = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
-        item = run.written(batch, with_teacher=False)
-        value, _ = run.distiller.written_pass(run.distiller.student, item, 1.0, "sft")
+        item = run.labelled(batch, with_teacher=False)
+        value, _ = run.distiller.labelled_pass(run.distiller.student, item, 1.0, "sft")
         total += torch.tensor([value.item(), item.tokens], dtype=torch.float64)
     total = total.to(run.device)
     dist.all_reduce(total)

@@ -1,6 +1,7 @@
 """What a training stage is, and what it tells: metrics.jsonl, TensorBoard, and a line of progress with rate and time left."""
 
 import json
+import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,13 @@ from geodistill.train.checkpoint import Progress
 
 @dataclass
 class Stage:
-    """One training stage. folder: where it writes; student, teacher: where its models come from ("" = new, none)."""
+    """One training stage: what is trained on what, and where it is written."""
 
     name: str
-    folder: str
+    folder: str  # model/, checkpoints/, metrics.jsonl, ...
     train: TrainConfig
-    sizes: str  # "teacher" or "student": whose model settings
-    start: str  # folder of the weights to start from; "" = model.init or random
+    role: str  # "teacher" or "student": whose model settings hold
+    weights: str  # folder of the model to go on from; "" = model.init, or random
     teacher: str  # folder of the frozen teacher; "" = none
     keep_best: bool  # the model is the one of the lowest validation loss, not the last
 
@@ -72,6 +73,9 @@ class Reporter:
         row["data_wait"] = self.waited / seconds
         row["seconds"] = self.seconds
         row["set_aside"] = self.set_aside
+        gpu = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated() if gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        row["peak_memory_gib"] = peak / 2**30
         self.sums, self.waited, self.last = {}, 0.0, (step, time.time())
         if self.rank == 0:
             left = (self.stage.train.steps - step) * seconds / max(steps, 1)

@@ -57,7 +57,7 @@ REMEDIES = ("learning_rate", "max_grad_norm")  # may be lowered to go on after a
 def settings_of(config: Config, stage: Stage) -> dict:
     """What decides the outcome of a stage, weights included: it is skipped or resumed only where this is the same."""
     train = {k: v for k, v in asdict(stage.train).items() if k not in REPORTING}
-    model = getattr(config, stage.sizes).model
+    model = getattr(config, stage.role).model
     found = {"seed": config.seed, "system": config.system, "train": train, "model": asdict(model)}
     found["data"] = {k: v for k, v in asdict(config.data).items() if k != "shards"}
     found["cluster"] = {"workers": config.cluster.workers, "precision": config.cluster.precision}
@@ -66,7 +66,7 @@ def settings_of(config: Config, stage: Stage) -> dict:
         found["loss"] = loss
     elif stage.train.method == "kd":
         found["loss"] = {k: v for k, v in loss.items() if k.startswith("kd_")}
-    weights = {"teacher": stage.teacher, "start": stage.start, "init": model.init, "tower": model.tower}
+    weights = {"teacher": stage.teacher, "start": stage.weights, "init": model.init, "tower": model.tower}
     found["weights"] = {name: assemble.weights_digest(folder) for name, folder in weights.items() if folder}
     here = str(Path.cwd()) + "/"  # a project folder may be moved
     return json.loads(json.dumps(found).replace(here, ""))
@@ -126,8 +126,8 @@ def check_stage(config: Config, stage: Stage) -> None:
         )
     if not stage.teacher:
         return
-    model = getattr(config, stage.sizes).model
-    start = stage.start or model.init
+    model = getattr(config, stage.role).model
+    start = stage.weights or model.init
     image = (
         assemble.image_shape_of(start or model.tower) if start or model.tower else (model.vision.image_size, model.vision.patch)
     )

@@ -1,0 +1,120 @@
+"""The jobs as a user runs them: as processes with a Ray of their own, killed and run again, and submitted to a cluster."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from tiny import TINY, history, same
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+ROOT = Path(__file__).parents[2]
+JOIN = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # what would join the Ray of another test
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in JOIN}
+    return {**kept, "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}", **more}
+
+
+def start(job: str, *overrides: str) -> subprocess.Popen:
+    command = [sys.executable, f"jobs/{job}.py", "--config", "configs/demo.yaml", "teacher.model.init=", "student.model.tower="]
+    return subprocess.Popen([*command, *TINY, *overrides], cwd=ROOT, env=environment(RAY_ADDRESS="local"),
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+
+def run_job(job: str, *overrides: str) -> str:
+    process = start(job, *overrides)
+    said, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, said[-3000:]
+    return said
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> tuple[Path, str]:
+    """The run folder of a whole pipeline, and what it printed."""
+    run = tmp_path_factory.mktemp("pipeline") / "run"
+    return run, run_job("pipeline", f"run={run}", "student.blind_steps=2")
+
+
+def test_the_pipeline_goes_all_the_way_and_is_skipped_the_second_time(pipeline):
+    run, said = pipeline
+    metrics = json.loads((run / "metrics.json").read_text())
+    for model in ("teacher", "baseline", "distilled"):
+        assert {"mean", "scene_classification", "vqa", "grounding", "captioning"} <= metrics[model].keys()
+        assert 0 <= metrics[model]["mean"] <= 100
+    assert "left" in said and "images/s" in said and f"{run}/report.html" in said
+    before = {f: f.stat().st_mtime for f in run.rglob("*.safetensors")}
+    again = run_job("pipeline", f"run={run}", "student.blind_steps=2")
+    assert again.count("finished before") == 5
+    assert before and all(f.stat().st_mtime == t for f, t in before.items())
+
+
+def test_a_killed_on_policy_loop_goes_on_where_it_was(pipeline):
+    """SIGKILL between two checkpoints; the same command then ends with the figures and weights of an unbroken run."""
+    run, _ = pipeline
+    common = ["data.shards=" + str(run / "data"), f"distill.teacher={run}/teacher/model", "distill.warm_start.steps=0",
+              "distill.train.steps=24", "distill.train.checkpoint_every=4", "distill.train.validate_every=24"]  # fmt: skip
+    unbroken, killed = run.parent / "unbroken", run.parent / "killed"
+    run_job("distill", f"run={unbroken}", *common)
+    process = start("distill", f"run={killed}", *common)
+    while not list(killed.glob("distill/checkpoints/checkpoints/step-*/progress.json")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
+    assert not (killed / "distill/done.json").exists(), "the job had ended before it could be killed"
+    lines = len(history(killed / "distill"))
+    assert 0 < lines < 24
+    run_job("distill", f"run={killed}", *common)
+    same(unbroken / "distill", killed / "distill")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head node such as `ray start --head` makes, with ports and a folder of its own; yields the dashboard's address."""
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        ports = []
+        for _ in range(2):
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                ports.append(free.getsockname()[1])
+        command = ["ray", "start", "--head", "--block", f"--port={ports[0]}", f"--dashboard-port={ports[1]}", "--num-cpus=4",
+                   "--dashboard-host=127.0.0.1", f"--temp-dir={folder}", "--disable-usage-stats",
+                   "--ray-client-server-port=0"]  # fmt: skip
+        head = subprocess.Popen(command, env=environment(RAY_AUTH_MODE="disabled"), stdout=subprocess.DEVNULL)
+        address = f"http://127.0.0.1:{ports[1]}"
+        try:
+            for _ in range(120):
+                listed = subprocess.run(["ray", "job", "list", "--address", address], env=environment(RAY_AUTH_MODE="disabled"),
+                                        capture_output=True, check=False)  # fmt: skip
+                if listed.returncode == 0:
+                    break
+                time.sleep(0.5)
+            yield address
+        finally:
+            head.terminate()
+            head.wait(timeout=60)
+
+
+def test_submitted_jobs(cluster, tmp_path):
+    """README's command: the working directory travels, the job joins the cluster, and its exit code is the job's."""
+
+    def submit(job: str, *overrides: str) -> subprocess.CompletedProcess:
+        command = ["ray", "job", "submit", "--address", cluster, "--working-dir", ".", "--runtime-env", "runtime-env.yaml", "--"]
+        entry = ["python", f"jobs/{job}.py", "--config", "configs/demo.yaml", "teacher.model.init=", "student.model.tower="]
+        return subprocess.run([*command, *entry, f"run={tmp_path}/run", *TINY, *overrides], cwd=ROOT, capture_output=True,
+                              text=True, env=environment(RAY_AUTH_MODE="disabled"), check=False)  # fmt: skip
+
+    assert submit("prepare").returncode == 0
+    assert json.loads((tmp_path / "run/data/manifest.json").read_text())["splits"]["train"]["images"] == 64
+    refused = submit("finetune", "role=teacher", "teacher.train.learning_rat=1")
+    assert refused.returncode != 0 and "did you mean 'teacher.train.learning_rate'" in refused.stdout + refused.stderr
+    trained = submit("finetune", "role=teacher")
+    assert trained.returncode == 0, trained.stdout[-3000:]
+    assert (tmp_path / "run/teacher/model/model.safetensors").exists()
