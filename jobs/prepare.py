@@ -5,7 +5,7 @@ from geodistill.config import Config
 
 
 def prepare_job(config: Config) -> None:
-    from geodistill.data.shards import prepare
+    from geodistill.data.prepare import prepare
 
     manifest = prepare(config, parallel=True)
     images = sum(split["images"] for split in manifest["splits"].values())

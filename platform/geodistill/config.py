@@ -91,6 +91,9 @@ class TrainConfig:
     warmup: float = option(0.03, "share of the steps with rising learning rate", "0-1")
     weight_decay: float = option(0.0, "AdamW weight decay")
     max_grad_norm: float = option(1.0, "gradient norm to clip at; 0: no clipping")
+    augment: bool = option(
+        False, "turn and flip training images of which no text speaks of a place, and crop those whose class alone is asked"
+    )
     blind: bool = option(False, "hide the image from the model (control: what language alone gives)")
     log_every: int = option(20, "steps between two lines of progress", "steps")
     validate_every: int = option(100, "steps between two passes over the validation split", "steps")

@@ -33,6 +33,10 @@ TASK_GROUP = {
     "region_captioning": "captioning",
 }
 
+_PLACE = re.compile(
+    r"\{<|\b(left|right|top|bottom|upper|lower|above|below|north\w*|south\w*|east\w*|west\w*|corners?|horizontal\w*|vertical\w*)\b",
+    re.IGNORECASE,
+)
 _NUMBER = r"<\s*(-?\d+)\s*>"
 _BOX = re.compile(r"\{" + _NUMBER * 4 + r"(?:\|" + _NUMBER + r")?\}")
 _LABEL = re.compile(r"<p>(.*?)</p>")
@@ -103,6 +107,11 @@ def box_from_center(cx: float, cy: float, w: float, h: float, theta: float, widt
         round(100 * (cy + h / 2) / height),
         round(theta),
     )
+
+
+def speaks_of_place(text: str) -> bool:
+    """Does a text hold a box or a word of direction, so that it is no longer true when its image is turned?"""
+    return bool(_PLACE.search(text))
 
 
 def check_boxes(text: str) -> str | None:

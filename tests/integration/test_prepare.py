@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from geodistill.config import load
-from geodistill.data.shards import prepare
+from geodistill.data.prepare import prepare
 from geodistill.models.assemble import load_tokenizer
 
 pytestmark = pytest.mark.integration

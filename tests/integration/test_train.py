@@ -22,7 +22,7 @@ def train(config: Config, job: str) -> None:
 @pytest.fixture(scope="session")
 def first(ray_cluster, tmp_path_factory) -> Config:
     """A prepared data set, a teacher, a baseline and a distilled student, all trained by one worker over two micro-batches."""
-    from geodistill.data.shards import prepare
+    from geodistill.data.prepare import prepare
 
     config = settings(tmp_path_factory.mktemp("train") / "one")
     prepare(config, parallel=True)

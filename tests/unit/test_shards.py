@@ -11,8 +11,9 @@ from PIL import Image
 
 from geodistill.config import load
 from geodistill.data import shards, synthetic
+from geodistill.data.prepare import prepare
 from geodistill.data.record import SCHEMA, validate
-from geodistill.data.shards import Group, groups, load_manifest, prepare, read_group, write_shard
+from geodistill.data.shards import Group, groups, load_manifest, read_group, write_shard
 from geodistill.data.sources import open_source
 from geodistill.models import assemble
 

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from geodistill.config import TrainConfig
+from geodistill.data.rows import Question
 from geodistill.data.shards import Group
-from geodistill.data.stream import Order, plan, square, to_micro_batch
+from geodistill.data.stream import MicroBatch, Order, augment, plan, square, to_micro_batch
 
 GROUPS = [Group(f"train-{i // 5:05d}.parquet", i % 5, 8) for i in range(23)]
 TRAIN = TrainConfig(steps=12, images_per_step=32, images_per_micro_batch=16)  # 4 groups a step, 2 a micro-batch
@@ -16,11 +17,12 @@ TRAIN = TrainConfig(steps=12, images_per_step=32, images_per_micro_batch=16)  # 
 
 def steps(world: int, start: int = 0, seed: int = 0) -> list[list[Group]]:
     """The groups of each step over all workers."""
-    parts = [plan(Order(GROUPS, seed), TRAIN, 8, rank, world, start) for rank in range(world)]
+    order = Order(GROUPS, seed)
+    parts = [plan(TRAIN, 8, rank, world, start) for rank in range(world)]
     micros = 32 // (16 * world)
     return [
-        [g for m in range(micros) for part in parts for g in part[s * micros + m]] for s in range(len(parts[0]) // micros)
-    ]  # fmt: skip
+        [order[g] for m in range(micros) for part in parts for g in part[s * micros + m]] for s in range(len(parts[0]) // micros)
+    ]
 
 
 def test_every_group_once_an_epoch_in_an_order_of_its_own():
@@ -52,3 +54,27 @@ def test_a_response_over_the_limit_is_set_aside_with_its_reason(records, make_pa
     assert len(batch.ids) == len(batch.pixels) == len(batch.questions) == len(records)
     assert batch.rejected and all("over the limit max_response=8" in reason for reason in batch.rejected)
     assert all(q.response is None or len(q.response) <= 8 for asked in batch.questions for q in asked)
+
+
+def asked(task: str, text: str, *references: str) -> list[Question]:
+    return [Question([1], [2], task, "", text, list(references))]
+
+
+def test_augmentation_turns_only_what_stays_true_and_crops_only_where_the_class_alone_is_asked():
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    questions = [
+        asked("captioning", "Describe the image.", "A pier on the left of a beach."),
+        asked("grounding", "[refer] where is the ship ?", "{<10><10><40><40>|<0>}"),
+        asked("captioning", "Describe the image.", "Many ships in a harbour."),
+        asked("scene_classification", "What is the class of this scene?", "port"),
+    ]
+    batch = MicroBatch(list("abcd"), pixels, questions)
+    turns = {np.rot90(image, k).tobytes() for image in (pixels[2], pixels[2][::-1]) for k in range(4)}
+    seen, cropped = set(), 0
+    for seed in range(200):
+        found = augment(batch, np.random.default_rng(seed)).pixels
+        assert np.array_equal(found[:2], pixels[:2])
+        seen.add(found[2].tobytes())
+        cropped += sorted(found[3].ravel()) != sorted(pixels[3].ravel())
+    assert seen == turns and cropped > 190
+    assert np.array_equal(augment(batch, np.random.default_rng(7)).pixels, augment(batch, np.random.default_rng(7)).pixels)

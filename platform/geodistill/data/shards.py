@@ -9,13 +9,10 @@
 
 import hashlib
 import json
-import random
-import re
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TypedDict
@@ -24,14 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from geodistill.config import Config, DataConfig
 from geodistill.data.record import SCHEMA, SCHEMA_VERSION, BadRecord, ImageRecord, validate
-from geodistill.data.sources import Item, Source, open_source
-from geodistill.data.synthetic import SPLITS
+from geodistill.data.sources import Item, Source
 
 MANIFEST = "manifest.json"
-REJECTED = pa.schema([(name, pa.string()) for name in ("file", "record", "field", "reason")])
-_NOT_COMPARED = ("shards", "max_rejected")  # settings that leave the records as they are
 
 
 class ShardInfo(TypedDict):
@@ -56,7 +49,7 @@ class Group:
     images: int
 
 
-def _open(folder: str | Path, create: bool = False) -> fs.FileSystem:
+def open_folder(folder: str | Path, create: bool = False) -> fs.FileSystem:
     """The file system whose root is `folder`: every access to shards goes through here. Local folders only for now."""
     if "://" in str(folder):
         raise ValueError(f"data.shards={folder}: only local folders can hold shards; give a path")
@@ -67,29 +60,29 @@ def _open(folder: str | Path, create: bool = False) -> fs.FileSystem:
     return fs.SubTreeFileSystem(path, local)
 
 
-def _exists(files: fs.FileSystem, name: str) -> bool:
+def exists(files: fs.FileSystem, name: str) -> bool:
     return files.get_file_info(name).is_file
 
 
 @contextmanager
-def _writing(files: fs.FileSystem, name: str) -> Iterator[pa.NativeFile]:
+def writing(files: fs.FileSystem, name: str) -> Iterator[pa.NativeFile]:
     """A stream to `name`, which appears whole or not at all."""
     with files.open_output_stream(name + ".tmp") as stream:
         yield stream
     files.move(name + ".tmp", name)
 
 
-def _write_json(files: fs.FileSystem, name: str, value: dict) -> None:
-    with _writing(files, name) as stream:
+def write_json(files: fs.FileSystem, name: str, value: dict) -> None:
+    with writing(files, name) as stream:
         stream.write(json.dumps(value, indent=1).encode())
 
 
-def _read_json(files: fs.FileSystem, name: str) -> dict:
+def read_json(files: fs.FileSystem, name: str) -> dict:
     with files.open_input_stream(name) as stream:
         return json.loads(stream.read())
 
 
-def _sha256(files: fs.FileSystem, name: str) -> str:
+def sha256_of(files: fs.FileSystem, name: str) -> str:
     with files.open_input_stream(name) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -97,7 +90,7 @@ def _sha256(files: fs.FileSystem, name: str) -> str:
 def write_shard(source: Source, items: Iterable[Item], path: str | Path, images_per_group: int) -> ShardInfo:
     """Make, check and write the records of `items` to the Parquet file `path`; set bad ones aside, whatever is wrong."""
     path = Path(path)
-    files = _open(path.parent, create=True)
+    files = open_folder(path.parent, create=True)
     tasks: Counter[str] = Counter()
     counts: list[int] = []
     rejected: list[dict[str, str]] = []
@@ -120,10 +113,10 @@ def write_shard(source: Source, items: Iterable[Item], path: str | Path, images_
                 yield row
 
     with (
-        _writing(files, path.name) as stream,
+        writing(files, path.name) as stream,
         pq.ParquetWriter(stream, SCHEMA, compression="zstd", use_dictionary=False, write_statistics=False) as writer,
     ):
-        for rows in _batched(good_rows(), images_per_group):
+        for rows in batched(good_rows(), images_per_group):
             writer.write_table(pa.concat_tables(rows).combine_chunks(), row_group_size=images_per_group)
             counts.append(len(rows))
     return {
@@ -132,25 +125,33 @@ def write_shard(source: Source, items: Iterable[Item], path: str | Path, images_
         "conversations": tasks.total(),
         "tasks": dict(sorted(tasks.items())),
         "groups": counts,
-        "sha256": _sha256(files, path.name),
+        "sha256": sha256_of(files, path.name),
         "rejected": rejected,
         "lost": lost,
     }
 
 
-def _batched(rows: Iterable, size: int) -> Iterator[list]:
+def batched(rows: Iterable, size: int) -> Iterator[list]:
     rows = iter(rows)
     return iter(lambda: list(islice(rows, size)), [])
 
 
+def more_images(split: str, source: str) -> str:
+    if source == "synthetic":
+        return f"raise data.{split}"
+    if split == "train":
+        return "add images or lower data.val_fraction, data.test_fraction or data.unlabelled_fraction"
+    return f"add images or raise data.{split}_fraction"
+
+
 def load_manifest(folder: str | Path, need: Iterable[str] = ()) -> dict:
     """The manifest of a finished data set. Raises ValueError, with the remedy, when it or a split of `need` is missing."""
-    files = _open(folder)
-    if not _exists(files, MANIFEST):
+    files = open_folder(folder)
+    if not exists(files, MANIFEST):
         raise ValueError(
             f"{Path(folder) / MANIFEST} does not exist: run jobs/prepare.py with the same --config and overrides first"
         )
-    manifest = _read_json(files, MANIFEST)
+    manifest = read_json(files, MANIFEST)
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(
             f"{Path(folder) / MANIFEST} has schema version {manifest.get('schema_version')}, this program reads "
@@ -160,7 +161,7 @@ def load_manifest(folder: str | Path, need: Iterable[str] = ()) -> dict:
         if not manifest["splits"].get(split, {}).get("images"):
             raise ValueError(
                 f"the shards in {folder} hold no image in split {split!r} (they have {', '.join(manifest['splits'])}): "
-                f"{_more_images(split, manifest['source'])}, and run jobs/prepare.py with another run= or data.shards="
+                f"{more_images(split, manifest['source'])}, and run jobs/prepare.py with another run= or data.shards="
             )
     return manifest
 
@@ -174,180 +175,6 @@ def groups(manifest: dict, split: str) -> list[Group]:
 def read_group(folder: str | Path, group: Group, columns: list[str] | None = None) -> list[ImageRecord]:
     """The records of a row group, in the order of the file. `columns`: read no others (the rest is empty)."""
     empty = {"id": "", "image": b"", "width": 0, "height": 0, "sensor": "", "conversations": []}
-    with _open(folder).open_input_file(group.file) as stream:
+    with open_folder(folder).open_input_file(group.file) as stream:
         rows = pq.ParquetFile(stream).read_row_group(group.index, columns).to_pylist()
     return [ImageRecord.from_row(empty | row) for row in rows]
-
-
-def prepare(config: Config, parallel: bool) -> dict:
-    """Raw data -> shards, tokenizer and manifest in data.shards; returns the manifest. Goes on where a killed run stopped.
-
-    parallel: one Ray Data task a shard, in a Ray that is already initialised; otherwise in this process.
-    Raises ValueError when there is nothing to read, too much is bad, or the folder holds shards of other settings.
-    """
-    data = replace(config.data, root=str(Path(config.data.root).absolute()) if config.data.root else "")
-    settings = asdict(data) | {"system": config.system}
-    files = _open(data.shards, create=True)
-    if _exists(files, MANIFEST):
-        manifest = load_manifest(data.shards)
-        _same_settings(manifest["settings"], settings, data.shards)
-        if all(_exists(files, shard["file"]) for split in manifest["splits"].values() for shard in split["shards"]):
-            print(f"shards are there already: {data.shards}", flush=True)
-            return manifest
-    items = open_source(data).items()
-    _need_images(Counter(item.split for item in items), data)
-    infos = _make_all(_plans(items, data), data, parallel)
-    rejected = [bad for info in infos for bad in info["rejected"]]
-    with _writing(files, "rejected.parquet") as stream:
-        pq.write_table(pa.Table.from_pylist(rejected, REJECTED), stream)
-    lost, total = sum(info["lost"] for info in infos), sum(item.records for item in items)
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
-        "source": data.source,
-        "settings": settings,
-        "splits": {split: _total(split, infos) for split in SPLITS if any(item.split == split for item in items)},
-        "rejected": len(rejected),
-    }
-    _print_summary(manifest, rejected)
-    if lost > data.max_rejected * total:
-        worst = Counter(f"field {_general(bad['field'])}: {_general(bad['reason'])}" for bad in rejected).most_common(1)[0][0]
-        raise ValueError(
-            f"{lost} of {total} records were set aside, over data.max_rejected={data.max_rejected}; most often {worst}. "
-            f"See {Path(data.shards) / 'rejected.parquet'}; mend the data or raise data.max_rejected, then run again"
-        )
-    _need_images(Counter({split: part["images"] for split, part in manifest["splits"].items()}), data)
-    _save_tokenizer(config, manifest)
-    _write_json(files, MANIFEST, manifest)
-    return manifest
-
-
-def _same_settings(old: dict, new: dict, folder: str) -> None:
-    for key in new:
-        if key not in _NOT_COMPARED and old.get(key) != new[key]:
-            name = key if key == "system" else f"data.{key}"
-            raise ValueError(
-                f"{folder} holds shards made with {name}={old.get(key)!r}, but now {name}={new[key]!r}: "
-                "choose another run= or data.shards=, or delete that folder"
-            )
-
-
-def _more_images(split: str, source: str) -> str:
-    if source == "synthetic":
-        return f"raise data.{split}"
-    if split == "train":
-        return "add images or lower data.val_fraction, data.test_fraction or data.unlabelled_fraction"
-    return f"add images or raise data.{split}_fraction"
-
-
-def _need_images(images: Counter[str], data: DataConfig) -> None:
-    """ValueError for a split without an image that the settings ask for; training text is always needed."""
-    for split in SPLITS:
-        asked = getattr(data, split) if data.source == "synthetic" else getattr(data, f"{split}_fraction", 1)
-        if (asked or split == "train") and not images[split]:
-            raise ValueError(f"no image is left in split {split!r}: {_more_images(split, data.source)}")
-
-
-def _plans(items: list[Item], data: DataConfig) -> list[dict]:
-    """What each shard is made of: {"file", "items"}. A split is shuffled once, so that a row group is a random mix."""
-    plans = []
-    for split in SPLITS:
-        mixed = [vars(item) for item in items if item.split == split]
-        random.Random(f"{data.seed}/{split}").shuffle(mixed)
-        for k, part in enumerate(_batched(mixed, data.images_per_shard)):
-            plans.append({"file": f"{split}-{k:05d}.parquet", "items": part})
-    return plans
-
-
-def _digest(plan: dict, data: DataConfig) -> str:
-    """Of everything that decides a shard's content: the items, and size and time of their files."""
-    paths = [Path(data.root, item["ref"]["file"]) for item in plan["items"] if "file" in item["ref"]]
-    stamps = [(path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else None for path in paths]
-    made_of = [SCHEMA_VERSION, data.source, data.root, data.images_per_group, plan["items"], stamps]
-    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
-
-
-def _make_all(plans: list[dict], data: DataConfig, parallel: bool) -> list[dict]:
-    """The info of every shard, in the order of `plans`, with a line of progress each."""
-    start, fresh, planned, infos = time.monotonic(), 0, sum(len(plan["items"]) for plan in plans), {}
-    left = planned
-    sizes = {plan["file"]: len(plan["items"]) for plan in plans}
-    for info in _in_ray(plans, data) if parallel else (_make(plan, data) for plan in plans):
-        infos[info["file"]] = info
-        left -= sizes[info["file"]]
-        fresh += 0 if info["reused"] else sizes[info["file"]]
-        rate = fresh / (time.monotonic() - start)
-        pace = "kept from an earlier run" if info["reused"] else f"{rate:.0f} images/s, about {left / rate:.0f} s left"
-        print(f"{info['file']}: {info['images']} images, shard {len(infos)} of {len(plans)}, {pace}", flush=True)
-    return [infos[plan["file"]] for plan in plans]
-
-
-def _in_ray(plans: list[dict], data: DataConfig) -> Iterator[dict]:
-    """`_make` as one Ray Data task a shard, as they finish. JSON, because Arrow would give every item the keys of all."""
-    import ray
-
-    data = replace(data, shards=str(Path(data.shards).absolute()))  # a worker has another working directory
-    rows = [{"plan": json.dumps(plan)} for plan in plans]
-    shards = ray.data.from_items(rows, override_num_blocks=len(rows))
-    made = shards.map(lambda row: {"info": json.dumps(_make(json.loads(row["plan"]), data))}, num_cpus=0.5)
-    return (json.loads(row["info"]) for row in made.iter_rows())
-
-
-def _make(plan: dict, data: DataConfig) -> dict:
-    """The shard of a plan: kept when an earlier run made it from the same items, written otherwise."""
-    files, note = _open(data.shards, create=True), Path(plan["file"]).with_suffix(".json").name
-    digest = _digest(plan, data)
-    if _exists(files, note) and _exists(files, plan["file"]):
-        info = _read_json(files, note)
-        if info["digest"] == digest and info["sha256"] == _sha256(files, plan["file"]):
-            return info | {"reused": True}
-    items = [Item(**item) for item in plan["items"]]
-    shard = write_shard(open_source(data), items, Path(data.shards) / plan["file"], data.images_per_group)
-    _write_json(files, note, {**shard, "digest": digest})
-    return {**shard, "reused": False}
-
-
-def _total(split: str, infos: list[dict]) -> dict:
-    """A split's part of the manifest."""
-    shards = [info for info in infos if info["file"].startswith(f"{split}-")]
-    tasks = sum((Counter(shard["tasks"]) for shard in shards), Counter())
-    keys = [key for key in ShardInfo.__annotations__ if key not in ("rejected", "lost")]
-    return {
-        "images": sum(shard["images"] for shard in shards),
-        "conversations": sum(shard["conversations"] for shard in shards),
-        "tasks": dict(sorted(tasks.items())),
-        "shards": [{key: shard[key] for key in keys} for shard in shards],
-    }
-
-
-def _general(text: str) -> str:
-    """A reason or field without what is particular to one record, so that reasons can be counted."""
-    return re.sub(r"\{.*\}|'[^']*'|\([^()]*\)|-?\d+", "*", text)
-
-
-def _print_summary(manifest: dict, rejected: list[dict]) -> None:
-    for split, part in manifest["splits"].items():
-        tasks = ", ".join(f"{task} {count}" for task, count in part["tasks"].items())
-        print(f"{split}: {part['images']} images, {part['conversations']} conversations ({tasks})")
-    reasons = Counter((_general(bad["field"]), _general(bad["reason"])) for bad in rejected)
-    print(f"set aside: {len(rejected)}")
-    for (field, reason), count in reasons.most_common(20):
-        print(f"  {count} x {field}: {reason}", flush=True)
-
-
-def _save_tokenizer(config: Config, manifest: dict) -> None:
-    """Learn the tokenizer of the run's small models from the training texts, questions and known answers."""
-    from geodistill.models.assemble import new_tokenizer
-
-    texts = (
-        text
-        for split in ("train", "unlabelled")
-        for group in groups(manifest, split)
-        for record in read_group(config.data.shards, group, ["conversations"])
-        for conversation in record.conversations
-        for turn in conversation.turns
-        for text in turn
-        if text is not None
-    )
-    tokenizer = new_tokenizer(texts, config.data.vocabulary, config.system)
-    print(f"tokenizer: {len(tokenizer)} tokens", flush=True)
-    tokenizer.save_pretrained(Path(config.data.shards) / "tokenizer")

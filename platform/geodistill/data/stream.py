@@ -11,7 +11,7 @@ import logging
 import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from geodistill.config import Config, TrainConfig
 from geodistill.data.record import BadRecord, ImageRecord, open_image
 from geodistill.data.rows import Packer, Question
 from geodistill.data.shards import Group, groups, load_manifest, read_group
+from geodistill.language import speaks_of_place
 from geodistill.models.vision import CLIP_MEAN
 
 
@@ -105,6 +106,26 @@ def join(batches: list[MicroBatch]) -> MicroBatch:
     )
 
 
+def augment(batch: MicroBatch, rng: np.random.Generator) -> MicroBatch:
+    """Turn and flip every image of which no text speaks of a place; of one whose scene class alone is asked, take a part.
+
+    An image from above has no upper side: its eight orientations are equally true. A part has half of the area or more.
+    """
+    pixels, size = batch.pixels.copy(), batch.pixels.shape[1]
+    for i, asked in enumerate(batch.questions):
+        if any(speaks_of_place(text) for q in asked for text in (q.text, *q.references)):
+            continue
+        image = np.rot90(pixels[i], int(rng.integers(4)))
+        image = image[::-1] if rng.integers(2) else image
+        if all(q.task == "scene_classification" for q in asked):
+            side = size * rng.uniform(0.5, 1.0) ** 0.5
+            x, y = rng.uniform(0, size - side, 2)
+            part = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
+            image = np.asarray(part)
+        pixels[i] = image
+    return replace(batch, pixels=pixels)
+
+
 class Order:
     """The endless sequence of row groups: epoch after epoch, each a permutation that (seed, epoch) decides."""
 
@@ -120,15 +141,15 @@ class Order:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.found))
 
 
-def plan(order: Order, train: TrainConfig, per_group: int, rank: int, world: int, start: int) -> list[list[Group]]:
-    """The groups of every micro-batch of one worker, from step `start` to the end of the run."""
+def plan(train: TrainConfig, per_group: int, rank: int, world: int, start: int) -> list[list[int]]:
+    """The places in the Order of every micro-batch of one worker, from step `start` to the end of the run."""
     groups_per_step = train.images_per_step // per_group
     groups_per_micro = train.images_per_micro_batch // per_group
     found = []
     for step in range(start, train.steps):
         for micro in range(groups_per_step // (groups_per_micro * world)):
             first = step * groups_per_step + (micro * world + rank) * groups_per_micro
-            found.append([order[first + i] for i in range(groups_per_micro)])
+            found.append([first + i for i in range(groups_per_micro)])
     return found
 
 
@@ -139,20 +160,23 @@ def stream(
     folder = Path(config.data.shards)
     manifest = load_manifest(folder, splits)
     order = Order([g for split in splits for g in groups(manifest, split)], seed)
-    planned = plan(order, train, manifest["settings"]["images_per_group"], rank, world, start)
+    planned = plan(train, manifest["settings"]["images_per_group"], rank, world, start)
 
     def load(row: dict) -> dict:
-        found = [Group(**g) for g in json.loads(row["groups"])]
-        batch = join([load_group(str(folder), group, spec) for group in found])
+        parts = []
+        for place, group in json.loads(row["groups"]):
+            part = load_group(str(folder), Group(**group), spec)
+            parts.append(augment(part, np.random.default_rng([seed, place])) if train.augment else part)
+        batch = join(parts)
         if not batch.ids:
-            raise ValueError(f"no image of {found} can be used: {batch.rejected[:1]}; run jobs/prepare.py again")
+            raise ValueError(f"no image of {row['groups']} can be used: {batch.rejected[:1]}; run jobs/prepare.py again")
         return {"batch": pickle.dumps(batch)}
 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    items = [{"groups": json.dumps([vars(g) for g in chosen])} for chosen in planned]
+    items = [{"groups": json.dumps([(place, vars(order[place])) for place in places])} for places in planned]
 
     def decode(first: int, last: int) -> ray.data.Dataset:
         tasks = config.cluster.data_tasks
