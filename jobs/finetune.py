@@ -5,7 +5,8 @@ from geodistill.config import Config
 
 
 def finetune_job(config: Config) -> None:
-    from geodistill.train.trainer import fit, stages
+    from geodistill.train.stage import stages
+    from geodistill.train.trainer import fit
 
     for stage in stages(config, "finetune"):
         fit(config, stage)

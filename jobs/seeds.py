@@ -19,7 +19,8 @@ def one_seed(config: Config, seed: int) -> dict[str, float]:
     """Mean of the four tasks of the baseline and of both distilled students."""
     from geodistill.evaluate.benchmarks import evaluate
     from geodistill.evaluate.metrics import summary_table
-    from geodistill.train.trainer import fit, stages
+    from geodistill.train.stage import stages
+    from geodistill.train.trainer import fit
 
     run = f"{config.run}/seeds/{seed}"
     one = replace(config, seed=seed, run=run, role="student")

@@ -5,6 +5,8 @@ import socket
 
 import ray
 
+from geodistill.cli import JobFailed
+
 # What every process of a run needs in its environment; set before deepspeed is imported anywhere.
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report costs one poll of the controller: 0.2 s instead of 2 s
@@ -36,9 +38,12 @@ def connect() -> None:
         try:
             ray.init(address=address, runtime_env=runtime_env, log_to_driver=True)
             return
-        except ConnectionError:
+        except ConnectionError as error:
             if "RAY_ADDRESS" in os.environ:
-                raise
+                raise JobFailed(
+                    f"no Ray answers at RAY_ADDRESS={address}: start it, correct the address, or set RAY_ADDRESS=local for a "
+                    f"Ray of this job's own ({error})"
+                ) from error
     os.environ.pop("RAY_ADDRESS", None)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -55,4 +60,6 @@ def connect() -> None:
         dashboard_port=port,
         runtime_env={"env_vars": {**ENVIRONMENT, **api}},
         log_to_driver=True,
+        # Ray ends a process that was idle for a second: each window of data would start, and import torch, in a new one.
+        _system_config={"idle_worker_killing_time_threshold_ms": 600_000},
     )

@@ -235,8 +235,9 @@ def load(file: str | None, overrides: list[str] | None = None) -> Config:
     for item in overrides or []:
         if "=" not in item:
             raise ConfigError(f"override {item!r} is not of the form key=value")
+    given = [f"{item}''" if item.endswith("=") else item for item in overrides or []]  # key= is an empty text, not null
     try:
-        for part in (_read(file), OmegaConf.from_dotlist(list(overrides or []))):
+        for part in (_read(file), OmegaConf.from_dotlist(given)):
             _need_groups(part)
             tree = OmegaConf.merge(tree, part)
         config = OmegaConf.to_object(tree)

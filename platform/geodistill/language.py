@@ -34,7 +34,8 @@ TASK_GROUP = {
 }
 
 _PLACE = re.compile(
-    r"\{<|\b(left|right|top|bottom|upper|lower|above|below|north\w*|south\w*|east\w*|west\w*|corners?|horizontal\w*|vertical\w*)\b",
+    r"\{<|\b((left|right|top|bottom|upper|lower)(most|hand|side)?|above|below|beneath|underneath"
+    r"|(north|south|east|west)\w*|corners?|horizontal\w*|vertical\w*)\b",
     re.IGNORECASE,
 )
 _NUMBER = r"<\s*(-?\d+)\s*>"

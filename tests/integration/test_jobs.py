@@ -2,13 +2,13 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import IO
 
 import pytest
 from tiny import TINY, history, same
@@ -23,17 +23,23 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}", **more}
 
 
-def start(job: str, *overrides: str) -> subprocess.Popen:
+def start(job: str, said: IO[str], *overrides: str) -> subprocess.Popen:
     command = [sys.executable, f"jobs/{job}.py", "--config", "configs/demo.yaml", "teacher.model.init=", "student.model.tower="]
     return subprocess.Popen([*command, *TINY, *overrides], cwd=ROOT, env=environment(RAY_ADDRESS="local"),
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+                            stdout=said, stderr=subprocess.STDOUT)  # fmt: skip
 
 
 def run_job(job: str, *overrides: str) -> str:
-    process = start(job, *overrides)
-    said, _ = process.communicate(timeout=500)
-    assert process.returncode == 0, said[-3000:]
-    return said
+    with tempfile.TemporaryFile("w+") as said:
+        process = start(job, said, *overrides)
+        try:
+            process.wait(timeout=280)
+        finally:
+            process.kill()
+        said.seek(0)
+        text = said.read()
+    assert process.returncode == 0, text[-3000:]
+    return text
 
 
 @pytest.fixture(scope="module")
@@ -57,45 +63,54 @@ def test_the_pipeline_goes_all_the_way_and_is_skipped_the_second_time(pipeline):
 
 
 def test_a_killed_on_policy_loop_goes_on_where_it_was(pipeline):
-    """SIGKILL between two checkpoints; the same command then ends with the figures and weights of an unbroken run."""
+    """SIGKILL between two checkpoints; the same command goes on and ends with the figures and weights of an unbroken run."""
     run, _ = pipeline
     common = ["data.shards=" + str(run / "data"), f"distill.teacher={run}/teacher/model", "distill.warm_start.steps=0",
               "distill.train.steps=24", "distill.train.checkpoint_every=4", "distill.train.validate_every=24"]  # fmt: skip
     unbroken, killed = run.parent / "unbroken", run.parent / "killed"
     run_job("distill", f"run={unbroken}", *common)
-    process = start("distill", f"run={killed}", *common)
-    while not list(killed.glob("distill/checkpoints/checkpoints/step-*/progress.json")) and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=60)
-    assert not (killed / "distill/done.json").exists(), "the job had ended before it could be killed"
-    lines = len(history(killed / "distill"))
-    assert 0 < lines < 24
+    with tempfile.TemporaryFile("w+") as said:
+        process = start("distill", said, f"run={killed}", *common)
+        second = killed / "distill/checkpoints/step-000008"  # once it is there, Ray knows of the first
+        while not second.exists() and process.poll() is None:
+            time.sleep(0.02)
+        process.kill()
+        process.wait(timeout=60)
+    assert second.exists() and not (killed / "distill/done.json").exists(), "the job had ended before it could be killed"
+    before = [row for row in history(killed / "distill") if row["step"] <= 4]
     run_job("distill", f"run={killed}", *common)
+    assert history(killed / "distill")[: len(before)] == before  # seconds included: these steps were not made again
     same(unbroken / "distill", killed / "distill")
+
+
+def free_ports(count: int) -> list[int]:
+    held = [socket.socket() for _ in range(count)]
+    for one in held:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in held]
+    for one in held:
+        one.close()
+    return ports
 
 
 @pytest.fixture(scope="module")
 def cluster():
     """A head node such as `ray start --head` makes, with ports and a folder of its own; yields the dashboard's address."""
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        ports = []
-        for _ in range(2):
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                ports.append(free.getsockname()[1])
+        ports = free_ports(4)
         command = ["ray", "start", "--head", "--block", f"--port={ports[0]}", f"--dashboard-port={ports[1]}", "--num-cpus=4",
                    "--dashboard-host=127.0.0.1", f"--temp-dir={folder}", "--disable-usage-stats",
-                   "--ray-client-server-port=0"]  # fmt: skip
+                   f"--ray-client-server-port={ports[2]}", f"--dashboard-agent-listen-port={ports[3]}"]  # fmt: skip
         head = subprocess.Popen(command, env=environment(RAY_AUTH_MODE="disabled"), stdout=subprocess.DEVNULL)
         address = f"http://127.0.0.1:{ports[1]}"
         try:
             for _ in range(120):
                 listed = subprocess.run(["ray", "job", "list", "--address", address], env=environment(RAY_AUTH_MODE="disabled"),
                                         capture_output=True, check=False)  # fmt: skip
-                if listed.returncode == 0:
+                if listed.returncode == 0 or head.poll() is not None:
                     break
                 time.sleep(0.5)
+            assert listed.returncode == 0, f"ray start did not come up: {listed.stderr.decode()[-1000:]}"
             yield address
         finally:
             head.terminate()

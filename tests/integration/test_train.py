@@ -13,7 +13,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 def train(config: Config, job: str) -> None:
-    from geodistill.train.trainer import fit, stages
+    from geodistill.train.stage import stages
+    from geodistill.train.trainer import fit
 
     for stage in stages(config, job):
         fit(config, stage)
@@ -107,7 +108,8 @@ def test_a_finished_stage_is_skipped_and_other_settings_are_refused(first, capsy
 
 def test_an_interrupted_stage_goes_on(first):
     """A run that broke after step 2 of 3 goes on there, and learns what the unbroken one learned."""
-    from geodistill.train.trainer import TrainingFailed, fit, stages
+    from geodistill.train.stage import stages
+    from geodistill.train.trainer import TrainingFailed, fit
 
     run = Path(first.run).parent / "broken"
     config = settings(run, "student.train.checkpoint_every=1")

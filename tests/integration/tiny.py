@@ -31,6 +31,7 @@ def history(folder: Path) -> list[dict]:
 
 def same(one: Path, two: Path, keys: tuple[str, ...] = ("loss", "grad_norm", "validation_loss")) -> None:
     """The same figures at every step, and the same weights in the end."""
+    assert all(any(key in row for row in history(one)) for key in keys)
     for a, b in zip(history(one), history(two), strict=True):
         assert a["step"] == b["step"]
         for key in keys:

@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from geodistill.data.record import Conversation
 from geodistill.data.rows import respond
-from geodistill.distill.decode import decode, log_probabilities, mix
+from geodistill.distill.decode import GrowingLayer, decode, log_probabilities, mix
 from geodistill.models import assemble
 from geodistill.models.assemble import RowModel
 
@@ -151,3 +152,23 @@ def test_mix():
     assert torch.equal(mix([p, q], [0.0, 1.0]), q) and torch.equal(mix([p, q], [1.0, 0.0]), p)
     log_p = log_probabilities(torch.tensor([1.0, 2.0, 50.0]), 2.0, torch.tensor([False, False, True]))
     torch.testing.assert_close(log_p.exp(), torch.tensor([1 / (1 + math.exp(0.5)), 1 / (1 + math.exp(-0.5)), 0.0]))
+
+
+def test_the_growing_cache_holds_what_transformers_own_holds():
+    """Random steps, with rows dropped on the way and the buffer outgrown several times."""
+    generator = torch.Generator().manual_seed(0)
+    growing, plain, rows = GrowingLayer(), DynamicLayer(), 6
+    buffers = set()
+    for step in range(60):
+        columns = 40 if step == 0 else int(torch.randint(1, 5, (1,), generator=generator))
+        keys, values = torch.randn(2, rows, 2, columns, 4, generator=generator)
+        for ours, theirs in zip(growing.update(keys, values), plain.update(keys, values), strict=True):
+            assert torch.equal(ours, theirs)
+        assert growing.get_seq_length() == plain.get_seq_length()
+        buffers.add(growing.buffer.data_ptr())
+        if step in (20, 40):
+            kept = torch.randperm(rows, generator=generator)[: rows - 2].sort().values
+            rows -= 2
+            growing.batch_select_indices(kept)
+            plain.batch_select_indices(kept)
+    assert 4 <= len(buffers) <= 8

@@ -6,7 +6,16 @@ import random
 import pytest
 
 from geodistill import language
-from geodistill.language import Box, box_corners, box_from_center, check_boxes, format_box, format_boxes, parse_boxes
+from geodistill.language import (
+    Box,
+    box_corners,
+    box_from_center,
+    check_boxes,
+    format_box,
+    format_boxes,
+    parse_boxes,
+    speaks_of_place,
+)
 
 
 def test_box_text_round_trip():
@@ -106,3 +115,20 @@ def test_prompt_is_geochats(tokenizer):
 def test_every_number_is_one_token(tokenizer):
     for i in range(101):
         assert str(i) in [tokenizer.decode([t]) for t in tokenizer(f"{{<{i}><0>", add_special_tokens=False).input_ids]
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("the leftmost plane", True),
+        ("a road on the right-hand side", True),
+        ("North-eastern part", True),
+        ("{<1><2><3><4>|<0>}", True),
+        ("vertically parked cars", True),
+        ("Many ships in a harbour near bright water.", False),
+        ("What is the class of this scene?", False),
+        ("the best of the rest", False),
+    ],
+)
+def test_words_of_place(text, place):
+    assert speaks_of_place(text) is place

@@ -6,10 +6,11 @@ from itertools import pairwise
 import pytest
 
 from geodistill.config import load
-from geodistill.data import shards
+from geodistill.data.prepare import prepare
 from geodistill.models import assemble
 from geodistill.train.loop import learning_rate
-from geodistill.train.trainer import check_stage, is_finished, settings_of, stages
+from geodistill.train.stage import stages
+from geodistill.train.trainer import check_stage, is_finished, settings_of
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +18,7 @@ def run(tmp_path_factory):
     """A prepared run folder with a tiny teacher of 16 image tokens over the run's tokenizer."""
     folder = tmp_path_factory.mktemp("run")
     config = settings(folder)
-    shards.prepare(config, parallel=False)
+    prepare(config, parallel=False)
     save_model(config, folder / "data" / "tokenizer", folder / "teacher" / "model")
     return folder
 

@@ -52,6 +52,8 @@ def prepare(config: Config, parallel: bool) -> dict:
         _same_settings(manifest["settings"], settings, data.shards)
         if all(exists(files, shard["file"]) for split in manifest["splits"].values() for shard in split["shards"]):
             print(f"shards are there already: {data.shards}", flush=True)
+            if not exists(files, "tokenizer/tokenizer.json"):
+                _save_tokenizer(config, manifest)
             return manifest
     items = open_source(data).items()
     _need_images(Counter(item.split for item in items), data)
@@ -186,7 +188,12 @@ def _print_summary(manifest: dict, rejected: list[dict]) -> None:
 
 
 def _save_tokenizer(config: Config, manifest: dict) -> None:
-    """Learn the tokenizer of the run's small models from the training texts, questions and known answers."""
+    """Learn the tokenizer of the run's small models from the training texts, questions and known answers.
+
+    There is nothing to learn where the run starts from a teacher that brings one.
+    """
+    if config.teacher.model.init:
+        return
     from geodistill.models.assemble import new_tokenizer
 
     texts = (

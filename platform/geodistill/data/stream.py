@@ -90,10 +90,13 @@ def new_packer(spec: PackerSpec) -> Packer:
     return Packer(tokenizer, spec.image_token, spec.image_tokens, spec.max_response, spec.questions_per_row)
 
 
-@functools.lru_cache(maxsize=128)
 def load_group(folder: str, group: Group, spec: PackerSpec) -> MicroBatch:
-    """A row group, decoded and tokenised. The last ones are kept in each process: a small labelled set is seen every epoch."""
+    """A row group, decoded and tokenised."""
     return to_micro_batch(read_group(folder, group), new_packer(spec), spec.image_size)
+
+
+remember_group = functools.lru_cache(maxsize=1024)(load_group)
+SMALL = 2**27  # bytes of decoded images: a split below that is kept in each data process, because every epoch asks for it again
 
 
 def join(batches: list[MicroBatch]) -> MicroBatch:
@@ -161,11 +164,12 @@ def stream(
     manifest = load_manifest(folder, splits)
     order = Order([g for split in splits for g in groups(manifest, split)], seed)
     planned = plan(train, manifest["settings"]["images_per_group"], rank, world, start)
+    small = 3 * spec.image_size**2 * sum(group.images for group in order.found) <= SMALL
 
     def load(row: dict) -> dict:
         parts = []
         for place, group in json.loads(row["groups"]):
-            part = load_group(str(folder), Group(**group), spec)
+            part = (remember_group if small else load_group)(str(folder), Group(**group), spec)
             parts.append(augment(part, np.random.default_rng([seed, place])) if train.augment else part)
         batch = join(parts)
         if not batch.ids:

@@ -58,7 +58,7 @@ class GrowingLayer(DynamicLayer):
         columns = used + key_states.shape[2]
         if self.buffer.numel() == 0 or columns > self.buffer.shape[3]:
             rows, heads, _, width = key_states.shape
-            grown = key_states.new_empty((2, rows, heads, columns * 3 // 2, width))
+            grown = key_states.new_empty((2, rows, heads, columns + min(columns // 2, 256), width))
             if used:
                 grown[0, :, :, :used], grown[1, :, :, :used] = self.keys, self.values
             self.buffer = grown
@@ -70,6 +70,9 @@ class GrowingLayer(DynamicLayer):
         """Keep the rows `indices`; the buffer is made anew at the next step."""
         super().batch_select_indices(indices)
         self.buffer = self.keys.new_empty(0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise NotImplementedError("branches of an image row are no beams")
 
 
 def new_cache(model) -> DynamicCache:

@@ -131,6 +131,8 @@ def save(model, processor, folder: str | Path) -> None:
     """Write a folder that plain transformers loads, whole or not at all."""
     folder = Path(folder)
     partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():  # an earlier save was killed between its two renames
+        old.rename(folder)
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     model.save_pretrained(partial)
@@ -165,6 +167,7 @@ def forbidden_tokens(tokenizer, vocabulary: int) -> Tensor:
     forbidden = torch.arange(vocabulary) >= len(tokenizer)
     names = (IMAGE, tokenizer.pad_token, tokenizer.bos_token, tokenizer.unk_token)
     forbidden[[tokenizer.convert_tokens_to_ids(name) for name in names if name]] = True
+    forbidden[tokenizer.eos_token_id] = False  # some tokenizers pad with it
     return forbidden
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray.train
 import torch
 import torch.distributed as dist
@@ -20,7 +21,8 @@ from geodistill.language import IMAGE
 from geodistill.models import assemble
 from geodistill.models.vision import normalize
 from geodistill.train import checkpoint, engine
-from geodistill.train.reporter import Reporter, Stage
+from geodistill.train.reporter import Reporter
+from geodistill.train.stage import Stage
 
 
 class NotFinite(RuntimeError):
@@ -35,6 +37,11 @@ def learning_rate(train: TrainConfig, step: int) -> float:
     share = (step - warm) / max(1, train.steps - warm)
     low = train.final_learning_rate
     return train.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One seed of 32 bits from several numbers: a CPU generator of torch reads no more than that."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def build(config: Config, stage: Stage):
@@ -78,7 +85,8 @@ class Run:
         self.config, self.stage, train = config, stage, stage.train
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        torch.set_num_threads(config.cluster.threads_per_worker or max(1, (os.cpu_count() or 1) // self.world))
+        here = context.get_local_world_size()
+        torch.set_num_threads(config.cluster.threads_per_worker or max(1, (os.cpu_count() or 1) // here))
         gpu = config.cluster.use_gpu
         self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
         self.dtype = torch.bfloat16 if config.cluster.precision == "bf16" else torch.float32
@@ -91,9 +99,9 @@ class Run:
         student = assemble.RowModel(self.model, align, frozen).to(self.device)
         frozen_teacher = None
         if teacher is not None:
-            frozen_teacher = assemble.RowModel(teacher.to(self.device)).eval().requires_grad_(False)
             for parameter in teacher.parameters():  # not the buffers: rotary frequencies must stay in float32
                 parameter.data = parameter.data.to(self.dtype)
+            frozen_teacher = assemble.RowModel(teacher.to(self.device)).eval().requires_grad_(False)
 
         # Every step runs the same number of backward passes on every worker: one per micro-batch, one more for D_PT.
         self.micros = train.images_per_step // (train.images_per_micro_batch * self.world)
@@ -136,7 +144,7 @@ class Run:
         """What samples the responses of this worker's micro-batch `number` of a step: the same whatever worker has it, and
         after a resume."""
         place = (step * self.micros + number) * self.world + self.rank
-        return torch.Generator(self.device).manual_seed(self.config.seed * 2**32 + place)
+        return torch.Generator(self.device).manual_seed(mixed_seed(self.config.seed, place))
 
     def labelled(self, batch: MicroBatch, with_teacher: bool) -> Labelled:
         """A micro-batch of answers from the data."""

@@ -1,9 +1,8 @@
-"""What a training stage is, and what it tells: metrics.jsonl, TensorBoard, and a line of progress with rate and time left."""
+"""What a training stage tells: metrics.jsonl, TensorBoard, and a line of progress with rate and time left."""
 
 import json
 import resource
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,21 +10,8 @@ import torch.distributed as dist
 from tensorboardX import SummaryWriter
 from torch import Tensor
 
-from geodistill.config import TrainConfig
 from geodistill.train.checkpoint import Progress
-
-
-@dataclass
-class Stage:
-    """One training stage: what is trained on what, and where it is written."""
-
-    name: str
-    folder: str  # model/, checkpoints/, metrics.jsonl, ...
-    train: TrainConfig
-    role: str  # "teacher" or "student": whose model settings hold
-    weights: str  # folder of the model to go on from; "" = model.init, or random
-    teacher: str  # folder of the frozen teacher; "" = none
-    keep_best: bool  # the model is the one of the lowest validation loss, not the last
+from geodistill.train.stage import Stage
 
 
 class Reporter:
@@ -35,14 +21,15 @@ class Reporter:
         self.stage, self.rank, self.device = stage, rank, device
         self.spent, self.began = start.seconds, time.time()
         self.sums: dict[str, Tensor] = {}
-        self.waited, self.set_aside = 0.0, 0
+        self.waited, self.set_aside = 0.0, set[str]()
         self.last = (start.step, time.time())
         if rank == 0:
             path = Path(stage.folder) / "metrics.jsonl"
-            kept = path.read_text().splitlines() if path.exists() else []
-            path.write_text("".join(line + "\n" for line in kept if json.loads(line)["step"] <= start.step))
+            kept = path.read_text().splitlines(keepends=True) if path.exists() else []
+            whole = [line for line in kept if line.endswith("\n")]  # a killed run may leave half a line
+            path.write_text("".join(line for line in whole if json.loads(line)["step"] <= start.step))
             self.file = path.open("a")
-            self.board = SummaryWriter(str(Path(stage.folder) / "tensorboard"), purge_step=start.step)
+            self.board = SummaryWriter(str(Path(stage.folder) / "tensorboard"), purge_step=start.step + 1)
 
     @property
     def seconds(self) -> float:
@@ -60,10 +47,12 @@ class Reporter:
         """Count what the stream set aside on this worker; say the first one."""
         if reasons and not self.set_aside:
             print(f"[{self.stage.name}] set aside: {reasons[0]} (further ones are counted as set_aside)", flush=True)
-        self.set_aside += len(reasons)
+        self.set_aside.update(reasons)  # not once an epoch
 
     def flush(self, step: int, extra: dict[str, float]) -> None:
         """Average over all workers (collective), write and print."""
+        count = torch.tensor(float(len(self.set_aside)))
+        self.add({"set_aside": count}, 1 / dist.get_world_size())  # over all workers a sum, not a mean
         names = sorted(self.sums)
         values = torch.stack([self.sums[name] for name in names]).to(self.device)
         dist.all_reduce(values)
@@ -72,7 +61,6 @@ class Reporter:
         row["images_per_second"] = self.stage.train.images_per_step * steps / seconds
         row["data_wait"] = self.waited / seconds
         row["seconds"] = self.seconds
-        row["set_aside"] = self.set_aside
         gpu = self.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated() if gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         row["peak_memory_gib"] = peak / 2**30

@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import ray
@@ -13,8 +13,7 @@ from geodistill.cli import JobFailed
 from geodistill.config import Config, save
 from geodistill.data.shards import load_manifest
 from geodistill.models import assemble
-from geodistill.train.loop import worker
-from geodistill.train.reporter import Stage
+from geodistill.train.stage import Stage
 
 
 class TrainingFailed(JobFailed):
@@ -27,31 +26,8 @@ def _last_line(error: BaseException) -> str:
     return str(cause).strip().splitlines()[-1]
 
 
-def stages(config: Config, job: str) -> list[Stage]:
-    """What a job trains. job: finetune (by config.role) or distill (Table 1: warm start, then the loop)."""
-    run = Path(config.run)
-    if job == "finetune":
-        role = config.role
-        if role == "teacher":
-            return [Stage("teacher", str(run / "teacher"), config.teacher.train, "teacher", "", "", True)]
-        train = config.student.train
-        if role == "blind":
-            train = replace(train, blind=True, steps=config.student.blind_steps or train.steps)
-        name = "baseline" if role == "student" else "blind"
-        return [Stage(name, str(run / name), train, "student", "", "", True)]
-    distill = config.distill
-    found = []
-    start = ""
-    if distill.warm_start.steps:
-        folder = run / "distill" / "warm"
-        found.append(Stage("distill/warm", str(folder), distill.warm_start, "student", "", distill.teacher, True))
-        start = str(folder / "model")
-    found.append(Stage("distill", str(run / "distill"), distill.train, "student", start, distill.teacher, False))
-    return found
-
-
 REPORTING = ("log_every", "validate_every", "checkpoint_every")  # may differ between two runs of the same command
-REMEDIES = ("learning_rate", "max_grad_norm")  # may be lowered to go on after a loss that was not finite
+REMEDIES = ("train.learning_rate", "train.max_grad_norm")  # may be lowered to go on after a loss that was not finite
 
 
 def settings_of(config: Config, stage: Stage) -> dict:
@@ -60,7 +36,10 @@ def settings_of(config: Config, stage: Stage) -> dict:
     model = getattr(config, stage.role).model
     found = {"seed": config.seed, "system": config.system, "train": train, "model": asdict(model)}
     found["data"] = {k: v for k, v in asdict(config.data).items() if k != "shards"}
-    found["cluster"] = {"workers": config.cluster.workers, "precision": config.cluster.precision}
+    splits = {*stage.train.splits, "val", *(config.distill.pretrain_splits if stage.train.method == "distill" else ())}
+    manifest = load_manifest(Path(config.data.shards))["splits"]
+    found["shards"] = [shard["sha256"] for split in sorted(splits & manifest.keys()) for shard in manifest[split]["shards"]]
+    found["cluster"] = {key: getattr(config.cluster, key) for key in ("workers", "precision", "zero_stage")}
     loss = asdict(config.distill.loss)
     if stage.train.method == "distill":
         found["loss"] = loss
@@ -81,7 +60,7 @@ def _flatten(tree: dict, prefix: str = "") -> dict:
 
 def _need_same(folder: Path, was: str, old: dict, new: dict, free: tuple[str, ...] = ()) -> None:
     before, now = _flatten(old), _flatten(new)
-    changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not k.endswith(free or ("/",))]
+    changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and k not in free]
     if changed:
         shown = "; ".join(f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in changed[:3])
         raise ValueError(f"{folder} was {was} with other settings ({shown}); choose another run=FOLDER, or delete that folder")
@@ -148,8 +127,14 @@ def fit(config: Config, stage: Stage) -> None:
     save(config, folder / "config.yaml")
     began = time.time()
     cluster = config.cluster
+
+    def work(job: dict) -> None:  # imports in the workers alone: Ray's controller would wait for transformers too
+        from geodistill.train.loop import worker
+
+        worker(job)
+
     trainer = TorchTrainer(
-        worker,
+        work,
         train_loop_config={"config": config, "stage": stage},
         scaling_config=ScalingConfig(
             num_workers=cluster.workers,
