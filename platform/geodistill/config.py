@@ -48,7 +48,9 @@ class DataConfig:
     images_per_shard: int = option(512, "images in one Parquet file", "images")
     images_per_group: int = option(8, "images in one Parquet row group, the unit of reading and of the shuffle", "images")
     max_rejected: float = option(0.1, "share of bad records past which prepare fails", "0-1")
-    vocabulary: int = option(1024, "size of the tokenizer made from the training text", "tokens")
+    vocabulary: int = option(
+        1024, "size of the tokenizer made from the training text, where teacher.model.init brings none", "tokens"
+    )
     seed: int = option(0, "seed of the synthetic scenes and of the split (kept apart from the run's seed)")
 
 

@@ -3,7 +3,7 @@
 <shards>/train-00000.parquet   images_per_shard images at most, in row groups of images_per_group: a random mix of the split
          train-00000.json      what is in it, and a digest of what it was made from: an interrupted `prepare` goes on here
          rejected.parquet      records that were set aside: file, record, field, reason
-         tokenizer/            tokenizer of the run's small models, learned from the training text
+         tokenizer/            learned from the training text, where teacher.model.init does not bring one
          manifest.json         written last: its presence means that the data set is whole
 """
 

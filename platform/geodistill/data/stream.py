@@ -95,7 +95,12 @@ def load_group(folder: str, group: Group, spec: PackerSpec) -> MicroBatch:
     return to_micro_batch(read_group(folder, group), new_packer(spec), spec.image_size)
 
 
-remember_group = functools.lru_cache(maxsize=1024)(load_group)
+@functools.lru_cache(maxsize=1024)
+def remember_group(folder: str, group: Group, spec: PackerSpec) -> MicroBatch:
+    """`load_group`, kept in this process."""
+    return load_group(folder, group, spec)
+
+
 SMALL = 2**27  # bytes of decoded images: a split below that is kept in each data process, because every epoch asks for it again
 
 
