@@ -15,6 +15,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from geodistill.language import SYSTEM
 
+SOURCE_NAMES = (
+    "synthetic", "class_folders", "llava", "geochat_bench", "rsvqa", "floodnet", "captions", "dota", "dior", "fair1m", "samrs",
+    "yolo", "coco",
+)  # fmt: skip
+SENSORS = ("optical", "sar", "infrared")
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used: the message names the key and the remedy."""
@@ -32,8 +38,18 @@ def section(kind: Callable[[], Any], meaning: str) -> Any:
 
 @dataclass
 class DataConfig:
-    source: str = option("synthetic", "which reader makes the records: synthetic, class_folders, llava")
-    root: str = option("", "folder of the raw data set (not for synthetic)", "path")
+    source: str = option("synthetic", f"which reader makes the records: {', '.join(SOURCE_NAMES)}")
+    root: str = option("", "folder of the raw data set (not for synthetic); local or s3://", "path")
+    sensor: str = option("optical", "sensor of its images: optical, sar, infrared; the latter two are named before each question")
+    bands: list[int] = field(
+        default_factory=list,
+        metadata={"help": "bands to show of images that are not 8-bit pictures, from 1; []: the first three, or one", "unit": ""},
+    )
+    tile: int = option(0, "detection: side of the square tiles that larger images are cut into; 0: never", "pixels")
+    tile_overlap: int = option(100, "detection: what neighbouring tiles share", "pixels")
+    min_visible: float = option(0.5, "detection: an object cut by a tile is kept from this share of its area", "0-1")
+    horizontal: bool = option(False, "detection: horizontal boxes in place of oriented ones")
+    max_boxes: int = option(20, "detection: most boxes in one answer; a kind with more is not asked for", "boxes")
     annotations: str = option(
         "", "llava: its JSON file; class_folders: optional JSON of captions and questions; absolute or below root", "path"
     )
@@ -327,7 +343,8 @@ def validate(config: Config) -> None:
         need(value in allowed, f"{key}={value!r} is none of {', '.join(allowed)}")
 
     one_of("role", config.role, ("teacher", "student", "blind"))
-    one_of("data.source", config.data.source, ("synthetic", "class_folders", "llava"))
+    one_of("data.source", config.data.source, SOURCE_NAMES)
+    one_of("data.sensor", config.data.sensor, SENSORS)
     one_of("cluster.precision", config.cluster.precision, ("fp32", "bf16"))
     need(config.cluster.zero_stage in (0, 1, 2), f"cluster.zero_stage={config.cluster.zero_stage}: use 0, 1 or 2")
     for key in ("workers", "data_tasks", "window"):

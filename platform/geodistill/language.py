@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 GROUNDING, IDENTIFY, REFER = "[grounding]", "[identify]", "[refer]"
@@ -12,6 +13,7 @@ SYSTEM = (
 )
 IMAGE, BOS, EOS, PAD = "<image>", "<s>", "</s>", "<pad>"
 DELIM = "<delim>"
+SENSOR_TAGS = {"sar": "[sar]", "infrared": "[infrared]"}  # what stands before a question on an image of no optical sensor
 
 # What a conversation is for. A report groups them under the four tasks of the paper.
 TASKS = (
@@ -113,6 +115,17 @@ def box_from_center(cx: float, cy: float, w: float, h: float, theta: float, widt
 def speaks_of_place(text: str) -> bool:
     """Does a text hold a box or a word of direction, so that it is no longer true when its image is turned?"""
     return bool(_PLACE.search(text))
+
+
+def box_from_corners(corners: Sequence[tuple[float, float]], width: float, height: float) -> Box:
+    """The four corners of a rectangle in pixels, in order around it, -> box text units with 0 <= theta < 90."""
+    cx, cy = (sum(c[i] for c in corners) / 4 for i in (0, 1))
+    sides = [(corners[(i + 1) % 4][0] - corners[i][0], corners[i][1] - corners[(i + 1) % 4][1]) for i in (0, 1)]  # y up
+    for (dx, dy), (ex, ey) in (sides, sides[::-1]):
+        angle = math.degrees(math.atan2(dy, dx)) % 180
+        if angle < 90:
+            return box_from_center(cx, cy, math.hypot(dx, dy), math.hypot(ex, ey), angle, width, height)
+    raise ValueError(f"{corners} are not the corners of a rectangle")
 
 
 def check_boxes(text: str) -> str | None:

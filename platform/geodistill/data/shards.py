@@ -99,18 +99,31 @@ def write_shard(source: Source, items: Iterable[Item], path: str | Path, images_
     def good_rows() -> Iterator[pa.Table]:
         nonlocal lost
         for item in items:
-            try:
-                record = validate(source.make(item))
-                row = pa.Table.from_pylist([record.to_row()], SCHEMA)
-            except Exception as error:  # one record must never stop the others, and image readers raise nearly anything
-                unforeseen = BadRecord(item.id, "record", f"cannot be made ({type(error).__name__}: {error})")
-                bad = error if isinstance(error, BadRecord) else unforeseen
-                file = str(item.ref.get("file", ""))
-                rejected.append({"file": file, "record": bad.record, "field": bad.field, "reason": bad.reason})
-                lost += item.records
-            else:
-                tasks.update(conversation.task for conversation in record.conversations)
+            made = 0
+            for row in rows_of(item):
+                made += 1
                 yield row
+            lost += 0 if made else item.records
+
+    def rows_of(item: Item) -> Iterator[pa.Table]:
+        try:
+            for found in source.make(item):
+                try:
+                    if isinstance(found, BadRecord):
+                        raise found
+                    row = pa.Table.from_pylist([validate(found).to_row()], SCHEMA)
+                except BadRecord as bad:  # one part of an image, such as a tile or an object
+                    set_aside(item, bad)
+                else:
+                    tasks.update(conversation.task for conversation in found.conversations)
+                    yield row
+        except Exception as error:  # one image must never stop the others, and image readers raise nearly anything
+            unforeseen = BadRecord(item.id, "record", f"cannot be made ({type(error).__name__}: {error})")
+            set_aside(item, error if isinstance(error, BadRecord) else unforeseen)
+
+    def set_aside(item: Item, bad: BadRecord) -> None:
+        file = str(item.ref.get("file", ""))
+        rejected.append({"file": file, "record": bad.record, "field": bad.field, "reason": bad.reason})
 
     with (
         writing(files, path.name) as stream,

@@ -1,25 +1,28 @@
-"""What the sources share: the item, the split by hash, reading of images and annotation files."""
+"""What the sources share: the raw data's folder, local or s3://, the item, the split by hash, images and annotation files."""
 
 import hashlib
-import io
 import json
-from dataclasses import dataclass
+import posixpath
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from PIL import Image
+from pyarrow import fs
 
 from geodistill.config import DataConfig
-from geodistill.data.record import BadRecord, ImageRecord
+from geodistill.data.imagery import displayable
+from geodistill.data.record import BadRecord, Conversation, ImageRecord
+from geodistill.language import SENSOR_TAGS
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image still to be read. `ref`: JSON-able, all that `make` needs; "file" is relative to data.root.
+    """One image file still to be read. `ref`: JSON-able, all that `make` needs; "file" is relative to data.root.
 
-    An item whose ref has a "reason" was found bad while listing: `make` raises it, so that it is counted like any other.
+    An item whose ref has a "reason" was found bad while listing: `make` yields it, so that it is counted like any other.
     """
 
     split: str
@@ -29,13 +32,103 @@ class Item:
 
 
 class Source(Protocol):
-    """A raw data set. `items` lists it without decoding (ValueError: nothing to read); `make` may run in another process."""
+    """A raw data set. `items` lists it without decoding (ValueError: nothing to read); `make` may run in another process.
+
+    `make` yields the records of one image file (several where it is cut into tiles), and a BadRecord for each part of it
+    that cannot be used; it may also raise BadRecord where nothing of it can.
+    """
 
     def __init__(self, data: DataConfig): ...
 
     def items(self) -> list[Item]: ...
 
-    def make(self, item: Item) -> ImageRecord: ...
+    def make(self, item: Item) -> Iterator[ImageRecord | BadRecord]: ...
+
+
+def file_system(folder: str) -> fs.FileSystem:
+    """The file system whose root is `folder`, a local path or a URI such as s3://bucket/key. Raises ValueError."""
+    if "://" not in folder:
+        return fs.SubTreeFileSystem(str(Path(folder).absolute()), fs.LocalFileSystem())
+    try:
+        found, path = fs.FileSystem.from_uri(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} cannot be opened ({error}); give a local path or s3://bucket/key") from error
+    return fs.SubTreeFileSystem(path, found)
+
+
+class Root:
+    """The folder data.root. Paths are relative to it, with slashes; every access to raw data goes through here."""
+
+    def __init__(self, data: DataConfig):
+        """Raises ValueError where data.root is no folder."""
+        self.uri, self.files = data.root, file_system(data.root)
+        try:
+            there = self.files.get_file_info("").type == fs.FileType.Directory
+        except OSError as error:
+            raise ValueError(f"data.root={data.root} cannot be read ({error}); correct data.root or its credentials") from error
+        if not there:
+            raise ValueError(f"data.root={data.root} is not a folder; set data.root to the folder of the raw data set")
+
+    def list(self, suffixes: Iterable[str] = IMAGE_SUFFIXES, folder: str = "") -> list[str]:
+        """Every file below `folder` with one of the suffixes (lower case), in order of path; hidden ones are left out."""
+        selector = fs.FileSelector(folder, allow_not_found=True, recursive=True)
+        wanted = tuple(suffixes)
+        paths = (info.path for info in self.files.get_file_info(selector) if info.type != fs.FileType.Directory)
+        return sorted(p for p in paths if p.lower().endswith(wanted) and not any(part.startswith(".") for part in p.split("/")))
+
+    def find(self, *names: str) -> str | None:
+        """The first of `names` that is there."""
+        infos = self.files.get_file_info(list(names))
+        return next((info.path for info in infos if info.type != fs.FileType.NotFound), None)
+
+    def read(self, path: str) -> bytes:
+        """The bytes of a file. Raises OSError."""
+        with self.files.open_input_stream(path) as stream:
+            return stream.read()
+
+    def text(self, path: str) -> str:
+        """The text of a file, UTF-8 with or without a mark. Raises OSError, ValueError."""
+        return self.read(path).decode("utf-8-sig")
+
+    def json(self, path: str) -> Any:
+        """The JSON of a file. Raises ValueError, with the remedy, where it is missing or broken."""
+        try:
+            return json.loads(self.text(path))
+        except OSError as error:
+            raise ValueError(f"{self.uri}/{path} does not exist; set data.root to the folder that holds it") from error
+        except ValueError as error:
+            raise ValueError(f"{self.uri}/{path} is not JSON ({error}); get the file again") from error
+
+
+class ImageIndex:
+    """Every image file below a root, found by its path or else by the stem of its name: published lists name images with
+    other extensions or folders than the archives hold."""
+
+    def __init__(self, root: Root):
+        self.paths = set(root.list())
+        self.stems: dict[str, list[str]] = {}
+        for path in sorted(self.paths):
+            self.stems.setdefault(Path(path).stem, []).append(path)
+
+    def find(self, name: str) -> str:
+        """The path below the root that is meant by `name`. Raises ValueError when there is none, or more than one."""
+        exact = posixpath.normpath(name)
+        if exact in self.paths:
+            return exact
+        wanted = Path(name)
+
+        def likeness(path: str) -> tuple[bool, bool]:
+            found = Path(path)
+            return found.name == wanted.name, found.parent.name == wanted.parent.name
+
+        candidates = self.stems.get(wanted.stem, [])
+        best = max(map(likeness, candidates), default=None)
+        candidates = [path for path in candidates if likeness(path) == best]
+        if not candidates:
+            raise ValueError(f"{name!r} does not exist below data.root, with no other extension or folder either")
+        if len(candidates) > 1:
+            raise ValueError(f"{name!r} may be {candidates[0]!r} or {candidates[1]!r}")
+        return candidates[0]
 
 
 def split_of(data: DataConfig, image: str) -> str:
@@ -49,50 +142,53 @@ def split_of(data: DataConfig, image: str) -> str:
     return "unlabelled" if hidden < data.unlabelled_fraction else "train"
 
 
-def bad_item(data: DataConfig, file: Path | str, bad: BadRecord) -> Item:
+def bad_item(data: DataConfig, file: str, bad: BadRecord, split: str = "") -> Item:
     """The item of a record that is known to be bad before its image is read."""
-    return Item(split_of(data, bad.record), bad.record, {"file": str(file), "field": bad.field, "reason": bad.reason})
+    ref = {"file": file, "field": bad.field, "reason": bad.reason}
+    return Item(split or split_of(data, bad.record), bad.record, ref)
 
 
-def read_image(root: Path, item: Item) -> tuple[bytes, int, int]:
-    """(encoded bytes, width, height in pixels) of an item's file. Raises BadRecord; pixels are left to `record.validate`."""
+def read_image(root: Root, item: Item, bands: list[int] | None = None) -> tuple[bytes, int, int]:
+    """(encoded bytes, width, height in pixels) of an item's file, 8 bits deep; `bands`: see `imagery.displayable`.
+
+    Raises BadRecord; that every pixel decodes is left to `record.validate`.
+    """
     if "reason" in item.ref:
         raise BadRecord(item.id, item.ref["field"], item.ref["reason"])
     try:
-        data = (root / item.ref["file"]).read_bytes()
+        data = root.read(item.ref["file"])
     except OSError as error:
-        raise BadRecord(item.id, "image", f"cannot be read ({error.strerror})") from error
+        raise BadRecord(item.id, "image", f"cannot be read ({error.strerror or error})") from error
     if not data:
         raise BadRecord(item.id, "image", "is empty (0 bytes)")
+    return displayable(data, item.id, bands or [])
+
+
+def new_record(
+    data: DataConfig, item: Item, image: bytes, width: int, height: int, conversations: list[Conversation]
+) -> ImageRecord:
+    """The record of an item: the data set's sensor, its tag before every question, and no answers in the split unlabelled."""
+    if data.sensor != "optical":
+        tag = SENSOR_TAGS[data.sensor]
+        conversations = [replace(c, turns=[(f"{tag} {q}", a) for q, a in c.turns]) for c in conversations]
+    if item.split == "unlabelled":
+        conversations = [c.unlabelled() for c in conversations]
+    return ImageRecord(item.id, image, width, height, conversations, data.sensor)
+
+
+def read_annotations(data: DataConfig, root: Root) -> list:
+    """The records of the JSON file data.annotations, absolute or below data.root. Raises ValueError with the remedy."""
+    name = data.annotations
+    there = Path(name).is_file() if Path(name).is_absolute() else root.find(name) is not None
+    if not there:
+        raise ValueError(f"data.annotations={name}: does not exist; give a path that is absolute or below data.root={root.uri}")
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return data, image.width, image.height
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadRecord(item.id, "image", "cannot be decoded (not an image that Pillow knows)") from error
-
-
-def root_of(data: DataConfig) -> Path:
-    """data.root, or ValueError with the remedy."""
-    root = Path(data.root)
-    if not root.is_dir():
-        raise ValueError(f"data.root={data.root} is not a folder; set data.root to the folder of the raw data set")
-    return root
-
-
-def read_annotations(data: DataConfig) -> tuple[Path, list]:
-    """(path, records) of the JSON file data.annotations, absolute or below data.root, or ValueError with the remedy."""
-    path = Path(data.root) / data.annotations
-    if not path.is_file():
-        raise ValueError(
-            f"data.annotations={data.annotations}: {path} does not exist; give a path that is absolute or below data.root"
-        )
-    try:
-        records = json.loads(path.read_bytes())
+        records = json.loads(Path(name).read_bytes() if Path(name).is_absolute() else root.read(name))
     except ValueError as error:
-        raise ValueError(f"data.annotations={data.annotations}: {path} is not JSON ({error}); get the file again") from error
+        raise ValueError(f"data.annotations={name} is not JSON ({error}); get the file again") from error
     if not isinstance(records, list) or not records:
-        raise ValueError(f"data.annotations={data.annotations}: {path} must hold a JSON list with at least one record")
-    return path, records
+        raise ValueError(f"data.annotations={name} must hold a JSON list with at least one record")
+    return records
 
 
 def clean(value: Any) -> str:

@@ -5,11 +5,21 @@ data.annotations may add human captions and questions: a JSON list of
 """
 
 import re
-from pathlib import Path
+from collections.abc import Iterator
 
 from geodistill.config import DataConfig
 from geodistill.data.record import BadRecord, Conversation, ImageRecord
-from geodistill.data.sources.base import IMAGE_SUFFIXES, Item, bad_item, clean, read_annotations, read_image, root_of, split_of
+from geodistill.data.sources.base import (
+    IMAGE_SUFFIXES,
+    Item,
+    Root,
+    bad_item,
+    clean,
+    new_record,
+    read_annotations,
+    read_image,
+    split_of,
+)
 from geodistill.language import SHORT_ANSWER
 
 ASK_CLASS = f"What is the class of this scene? {SHORT_ANSWER}"
@@ -23,17 +33,11 @@ def class_name(folder: str) -> str:
 
 class ClassFolders:
     def __init__(self, data: DataConfig):
-        self.data, self.root = data, Path(data.root)
+        self.data, self.root = data, Root(data)
 
     def items(self) -> list[Item]:
         """One item an image, in order of path, then one for each unusable annotation. ValueError: no image, no annotations."""
-        images = sorted(
-            f"{folder.name}/{file.name}"
-            for folder in root_of(self.data).iterdir()
-            if folder.is_dir() and not folder.name.startswith(".")
-            for file in folder.iterdir()
-            if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
-        )
+        images = [path for path in self.root.list() if path.count("/") == 1]
         if not images:
             raise ValueError(
                 f"no image found as data.root={self.data.root}/<Class>/<image> ({', '.join(IMAGE_SUFFIXES)}); "
@@ -45,11 +49,11 @@ class ClassFolders:
 
     def _annotate(self, refs: dict[str, dict]) -> list[Item]:
         """Add "captions" and "questions" to the refs that data.annotations names; return what cannot be used."""
-        path, entries = read_annotations(self.data)
+        entries = read_annotations(self.data, self.root)
         rejected = []
 
         def reject(record: str, field: str, reason: str) -> None:
-            rejected.append(bad_item(self.data, path, BadRecord(record, field, reason)))
+            rejected.append(bad_item(self.data, self.data.annotations, BadRecord(record, field, reason)))
 
         for i, entry in enumerate(entries):
             entry = entry if isinstance(entry, dict) else {}
@@ -76,9 +80,9 @@ class ClassFolders:
                     refs[image].setdefault("questions", []).append(texts)
         return rejected
 
-    def make(self, item: Item) -> ImageRecord:
+    def make(self, item: Item) -> Iterator[ImageRecord]:
         """The class question, the captions and the questions of one image. Raises BadRecord."""
-        image, width, height = read_image(self.root, item)
+        image, width, height = read_image(self.root, item, self.data.bands)
         captions = item.ref.get("captions", [])
         found = [Conversation("scene_classification", [(ASK_CLASS, item.ref["class"])])]
         if captions and item.split in ("train", "val"):
@@ -87,6 +91,4 @@ class ClassFolders:
             found.append(Conversation("captioning", [(ASK_CAPTION, captions[0])], references=captions))
         for asked in item.ref.get("questions", []):
             found.append(Conversation("vqa", [(f"{asked['question']} {SHORT_ANSWER}", asked["answer"])], asked["type"]))
-        if item.split == "unlabelled":
-            found = [conversation.unlabelled() for conversation in found]
-        return ImageRecord(item.id, image, width, height, found)
+        yield new_record(self.data, item, image, width, height, found)

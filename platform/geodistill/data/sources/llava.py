@@ -5,15 +5,13 @@ Records of one image are joined. Published files name images with other extensio
 so an image that is not at its path is looked up by the stem of its file name.
 """
 
-import os
-import posixpath
 import re
 from collections import defaultdict
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator
 
 from geodistill.config import DataConfig
 from geodistill.data.record import BadRecord, Conversation, ImageRecord
-from geodistill.data.sources.base import IMAGE_SUFFIXES, Item, bad_item, read_annotations, read_image, root_of, split_of
+from geodistill.data.sources.base import ImageIndex, Item, Root, bad_item, new_record, read_annotations, read_image, split_of
 from geodistill.language import GROUNDING, IDENTIFY, IMAGE, REFER, check_boxes, parse_boxes
 
 # task token -> (task, category)
@@ -66,48 +64,14 @@ def conversation_of(raw: dict, record: str) -> Conversation:
     return Conversation(task, list(zip(texts[::2], texts[1::2], strict=True)), category)
 
 
-class ImageIndex:
-    """Every image file below a folder, found by its path or else by the stem of its name."""
-
-    def __init__(self, root: Path):
-        self.paths: set[str] = set()
-        self.stems: dict[str, list[str]] = defaultdict(list)
-        for folder, _, names in os.walk(root, followlinks=True):
-            for name in names:
-                if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
-                    path = Path(folder, name).relative_to(root).as_posix()
-                    self.paths.add(path)
-                    self.stems[Path(name).stem].append(path)
-
-    def find(self, name: str) -> str:
-        """The path below the root that is meant by `name`. Raises ValueError when there is none, or more than one."""
-        exact = posixpath.normpath(name)
-        if exact in self.paths:
-            return exact
-        wanted = PurePosixPath(name)
-
-        def likeness(path: str) -> tuple[bool, bool]:
-            found = PurePosixPath(path)
-            return found.name == wanted.name, found.parent.name == wanted.parent.name
-
-        candidates = self.stems.get(wanted.stem, [])
-        best = max(map(likeness, candidates), default=None)
-        candidates = sorted(path for path in candidates if likeness(path) == best)
-        if not candidates:
-            raise ValueError(f"{name!r} does not exist below data.root, with no other extension or folder either")
-        if len(candidates) > 1:
-            raise ValueError(f"{name!r} may be {candidates[0]!r} or {candidates[1]!r}")
-        return candidates[0]
-
-
 class Llava:
     def __init__(self, data: DataConfig):
-        self.data, self.root = data, Path(data.root)
+        self.data, self.root = data, Root(data)
 
     def items(self) -> list[Item]:
         """One item an image with all its conversations, in order of path, then one for each unusable record."""
-        images = ImageIndex(root_of(self.data))
-        path, raws = read_annotations(self.data)
+        images = ImageIndex(self.root)
+        raws = read_annotations(self.data, self.root)
         found: dict[str, list] = defaultdict(list)
         rejected = []
         for i, raw in enumerate(raws):
@@ -119,7 +83,7 @@ class Llava:
                     [conversation.task, conversation.category, conversation.turns],
                 )
             except BadRecord as bad:
-                rejected.append(bad_item(self.data, path, bad))
+                rejected.append(bad_item(self.data, self.data.annotations, bad))
         if not found:
             raise ValueError(
                 f"none of the {len(raws)} records of data.annotations={self.data.annotations} can be used with the "
@@ -140,10 +104,8 @@ class Llava:
         except ValueError as error:
             raise BadRecord(record, "image", str(error)) from error
 
-    def make(self, item: Item) -> ImageRecord:
+    def make(self, item: Item) -> Iterator[ImageRecord]:
         """One image and the conversations of all its records. Raises BadRecord."""
-        image, width, height = read_image(self.root, item)
+        image, width, height = read_image(self.root, item, self.data.bands)
         found = [Conversation(task, [(q, a) for q, a in turns], category) for task, category, turns in item.ref["conversations"]]
-        if item.split == "unlabelled":
-            found = [conversation.unlabelled() for conversation in found]
-        return ImageRecord(item.id, image, width, height, found)
+        yield new_record(self.data, item, image, width, height, found)

@@ -1,5 +1,7 @@
 """The embedded data set as a source: nothing to read, every record is a function of (data.seed, split, index)."""
 
+from collections.abc import Iterator
+
 from geodistill.config import DataConfig
 from geodistill.data import synthetic
 from geodistill.data.record import ImageRecord
@@ -18,5 +20,5 @@ class Synthetic:
             for i in range(getattr(self.data, split))
         ]
 
-    def make(self, item: Item) -> ImageRecord:
-        return synthetic.make_record(item.ref["seed"], item.split, item.ref["index"])
+    def make(self, item: Item) -> Iterator[ImageRecord]:
+        yield synthetic.make_record(item.ref["seed"], item.split, item.ref["index"])

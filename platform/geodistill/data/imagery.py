@@ -1,0 +1,70 @@
+"""Satellite imagery -> what a picture model sees: 8 bits, one or three bands. GeoTIFF through rasterio."""
+
+import io
+import warnings
+
+import numpy as np
+import rasterio
+from PIL import Image
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+
+from geodistill.data.record import BadRecord, open_image
+
+PERCENTILES = (2.0, 98.0)
+_EIGHT_BIT = ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LA")
+
+
+def stretch(band_HW: np.ndarray, valid_HW: np.ndarray) -> np.ndarray:
+    """Any numbers -> uint8: the 2nd percentile of the valid pixels becomes 0, the 98th 255; invalid pixels are 0."""
+    values = band_HW[valid_HW]
+    if not values.size:
+        return np.zeros(band_HW.shape, np.uint8)
+    low, high = np.percentile(values, PERCENTILES)
+    scaled = (band_HW.astype(np.float64) - low) / max(high - low, 1e-12) * 255
+    return np.where(valid_HW, np.clip(np.nan_to_num(scaled), 0, 255), 0).astype(np.uint8)
+
+
+def displayable(data: bytes, record: str, bands: list[int]) -> tuple[bytes, int, int]:
+    """(encoded image that Pillow shows truly, width, height in pixels).
+
+    8-bit images of one to four bands stay as they are. Others (16 bits, floats, more bands) are read by rasterio: the bands
+    with the numbers `bands` (from 1; none: the first three, or the first), each stretched on its own, as PNG.
+    Raises BadRecord.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.mode in _EIGHT_BIT and not bands:
+                return data, image.width, image.height
+    except Image.DecompressionBombError as error:
+        raise BadRecord(record, "image", f"cannot be decoded ({error})") from error
+    except (OSError, SyntaxError, ValueError):
+        pass  # Pillow does not know it; rasterio may
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            with rasterio.MemoryFile(data) as memory, memory.open() as raster:
+                wanted = bands or ([1, 2, 3] if raster.count >= 3 else [1])
+                if max(wanted) > raster.count:
+                    reason = f"has {raster.count} bands, but data.bands asks for {max(wanted)}"
+                    raise BadRecord(record, "image", reason)
+                read = raster.read(wanted, masked=True)
+    except (RasterioError, OSError, ValueError) as error:
+        if isinstance(error, BadRecord):
+            raise
+        raise BadRecord(record, "image", "cannot be decoded (not an image that Pillow or GDAL knows)") from error
+    valid = ~np.ma.getmaskarray(read) & np.isfinite(read.data)
+    shown = [stretch(band, mask) for band, mask in zip(read.data, valid, strict=True)]
+    picture = Image.fromarray(shown[0] if len(shown) == 1 else np.stack((shown * 3)[:3] if len(shown) == 2 else shown[:3], -1))
+    return encode(picture), picture.width, picture.height
+
+
+def encode(image: Image.Image) -> bytes:
+    """PNG bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=3)
+    return buffer.getvalue()
+
+
+def part(data: bytes, record: str, box: tuple[int, int, int, int]) -> bytes:
+    """The part (x1, y1, x2, y2 in pixels) of an encoded image as PNG. Raises BadRecord."""
+    return encode(open_image(data, record).crop(box))
