@@ -52,11 +52,11 @@ class VocXml(DetectionSource):
             split = path.rpartition("/")[2].removesuffix(".txt")
             if split in ("train", "val", "test"):
                 listed |= dict.fromkeys(self.root.text(path).split(), split)
-        return self.items_of(
-            self.root.list(),
-            labels,
-            lambda path: listed.get(path.rpartition("/")[2].rpartition(".")[0], "") or folder_split(path),
-        )
+
+        def split(path: str) -> str:
+            return listed.get(path.rpartition("/")[2].rpartition(".")[0], "") or folder_split(path)
+
+        return self.items_of(self.root.list(), labels, split)
 
     def objects(self, item: Item, width: int, height: int) -> Iterator[Object | BadRecord]:
         """The objects of a file; one without a name or a box is set aside."""
