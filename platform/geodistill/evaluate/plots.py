@@ -29,6 +29,7 @@ CURVES = {
     "data_wait": ("wait for data", "share of the time"),
     "set_aside": ("answers and images set aside", "records"),
     "finished": ("responses that ended by themselves", "share"),
+    "peak_memory_gib": ("peak memory of a worker", "GiB"),
     "seconds": ("time", "s"),
 }
 COLORS = {"truth": "#1a9641", "teacher": "#7b818a", "baseline": "#d7301f", "distilled": "#2166ac", "question": "#e69f00"}
