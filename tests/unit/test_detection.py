@@ -7,12 +7,13 @@ import random
 import numpy as np
 import pytest
 from shapely import Polygon
-from test_sources import make_all, picture, put
 
 from geodistill.config import DataConfig
 from geodistill.data.sources import open_source
 from geodistill.data.sources.detection import Object, ask, describe, plural, tiles, visible
 from geodistill.language import box_corners, box_from_corners, parse_boxes
+
+from .test_sources import make_all, picture, put
 
 ALL_TRAIN = {"val_fraction": 0.0, "test_fraction": 0.0}
 
@@ -88,8 +89,8 @@ def test_words_of_size_and_place():
 def test_phrases_fit_one_object_and_answers_hold_its_box():
     rng = random.Random(1)
     for _ in range(30):
-        things = [Object(rng.choice(["car", "ship"]), rectangle(rng.uniform(10, 90), rng.uniform(10, 90), 8, rng.uniform(4, 12), 0),
-                         rng.random() < 0.2) for _ in range(8)]  # fmt: skip
+        places = [(rng.uniform(10, 90), rng.uniform(10, 90), 8, rng.uniform(4, 12), 0) for _ in range(8)]
+        things = [Object(rng.choice(["car", "ship"]), rectangle(*place), rng.random() < 0.2) for place in places]
         seen = describe([visible(t, (0, 0, 100, 100), 0.5, False) for t in things])
         for c in ask(seen, random.Random(0), False, 20):
             ((question, answer),) = c.turns
@@ -104,8 +105,8 @@ def test_phrases_fit_one_object_and_answers_hold_its_box():
 
 
 BOX = "10 20 60 20 60 50 10 50"
-DIOR = """<annotation><object><name>tenniscourt</name><bndbox><xmin>10</xmin><ymin>20</ymin><xmax>60</xmax><ymax>50</ymax></bndbox>
-</object><object><name>ship</name></object></annotation>"""
+DIOR = """<annotation><object><name>tenniscourt</name>
+<bndbox><xmin>10</xmin><ymin>20</ymin><xmax>60</xmax><ymax>50</ymax></bndbox></object><object><name>ship</name></object></annotation>"""
 DIOR_R = """<annotation><object><type>robndbox</type><name>Expressway-toll-station</name><difficult>0</difficult><robndbox>
 <x_left_top>10</x_left_top><y_left_top>20</y_left_top><x_right_top>60</x_right_top><y_right_top>20</y_right_top>
 <x_right_bottom>60</x_right_bottom><y_right_bottom>50</y_right_bottom><x_left_bottom>10</x_left_bottom><y_left_bottom>50</y_left_bottom>
@@ -157,12 +158,12 @@ def test_a_large_image_is_cut_and_its_boxes_belong_to_the_tiles(tmp_path):
     assert not bad and {(r.width, r.height) for r in good.values()} == {(250, 250)}
     assert len(good) == 3 and all("#" in name for name in good)
     counts = sum(len(parse_boxes(c.turns[0][1])) for r in good.values() for c in r.conversations if c.task == "detection")
-    assert counts == 4  # the ship in the overlap is seen twice
+    assert counts == 5  # two ships lie in two tiles each
 
 
 def test_images_without_labels_and_folders_without_any_are_named(tmp_path):
     put(tmp_path, {"images/a.png": picture(), "images/b.png": picture(), "labelTxt/a.txt": f"{BOX} ship 0".encode()})
-    good, bad = make_all(DataConfig(source="dota", root=str(tmp_path), **ALL_TRAIN))
+    _, bad = make_all(DataConfig(source="dota", root=str(tmp_path), **ALL_TRAIN))
     assert bad["images/b.png"] == ("labels", "has no annotation file of its name")
     (tmp_path / "labelTxt/a.txt").unlink()
     with pytest.raises(ValueError, match=r"none of the 2 images .* set data\.root"):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -27,7 +28,7 @@ def tokenizer_texts(monkeypatch):
 
     class Noted:
         def save_pretrained(self, folder):
-            folder.mkdir(exist_ok=True)
+            (Path(folder) / "tokenizer.json").write_text("{}")
 
         def __len__(self):
             return 500
@@ -209,7 +210,7 @@ def test_one_record_never_stops_the_others(tmp_path, monkeypatch):
         return make(self, item)
 
     monkeypatch.setattr(type(source), "make", sometimes)
-    info = write_shard(source, source.items()[:8], tmp_path / "s.parquet", 3)
+    info = write_shard(source, source.items()[:8], tmp_path, "s.parquet", 3)
     assert (info["images"], info["groups"], info["lost"]) == (4, [3, 1], 4)
     assert [bad["record"] for bad in info["rejected"]] == [f"train-{i:06d}" for i in (1, 3, 5, 7)]
     assert info["rejected"][0]["reason"] == "cannot be made (OSError: disk gone)"
@@ -220,10 +221,10 @@ def test_box_that_training_cannot_use_is_set_aside(tmp_path, monkeypatch):
     config = settings(tmp_path)
     source = open_source(config.data)
     item = source.items()[0]
-    record = source.make(item)
+    (record,) = source.make(item)
     record.conversations[2].turns[0] = (record.conversations[2].turns[0][0], "{<60><1><20><30>|<0>}")
-    monkeypatch.setattr(source, "make", lambda item: record)
-    (bad,) = write_shard(source, [item], tmp_path / "s.parquet", 3)["rejected"]
+    monkeypatch.setattr(source, "make", lambda item: iter([record]))
+    (bad,) = write_shard(source, [item], tmp_path, "s.parquet", 3)["rejected"]
     assert bad["field"] == "conversations[2].turns[0].answer" and "x1 >= x2" in bad["reason"]
 
 
@@ -279,7 +280,7 @@ def test_real_aid(tmp_path):
     )
     source = open_source(config.data)
     items = [item for item in source.items() if item.split == "test" and "captions" in item.ref]
-    info = write_shard(source, items, tmp_path / "test-00000.parquet", 8)
+    info = write_shard(source, items, tmp_path, "test-00000.parquet", 8)
     assert info["images"] == len(items) == info["tasks"]["captioning"] and not info["rejected"]
     records = read_group(tmp_path, Group("test-00000.parquet", 0, 8))
     assert all(len(c.references) == 5 for r in records for c in validate(r).conversations if c.task == "captioning")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import re
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -14,23 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from geodistill.config import Config, DataConfig
+from geodistill.data.files import absolute_path, exists, open_folder, read_json, sha256_of, upload, write_json, writing
 from geodistill.data.record import SCHEMA_VERSION
-from geodistill.data.shards import (
-    MANIFEST,
-    ShardInfo,
-    batched,
-    exists,
-    groups,
-    load_manifest,
-    more_images,
-    open_folder,
-    read_group,
-    read_json,
-    sha256_of,
-    write_json,
-    write_shard,
-    writing,
-)
+from geodistill.data.shards import MANIFEST, ShardInfo, batched, groups, load_manifest, more_images, read_group, write_shard
 from geodistill.data.sources import Item, open_source
 from geodistill.data.synthetic import SPLITS
 
@@ -44,7 +31,7 @@ def prepare(config: Config, parallel: bool) -> dict:
     parallel: one Ray Data task a shard, in a Ray that is already initialised; otherwise in this process.
     Raises ValueError when there is nothing to read, too much is bad, or the folder holds shards of other settings.
     """
-    data = replace(config.data, root=str(Path(config.data.root).absolute()) if config.data.root else "")
+    data = replace(config.data, root=absolute_path(config.data.root))
     settings = asdict(data) | {"system": config.system}
     files = open_folder(data.shards, create=True)
     if exists(files, MANIFEST):
@@ -74,7 +61,7 @@ def prepare(config: Config, parallel: bool) -> dict:
         worst = Counter(f"field {_general(bad['field'])}: {_general(bad['reason'])}" for bad in rejected).most_common(1)[0][0]
         raise ValueError(
             f"{lost} of {total} records were set aside, over data.max_rejected={data.max_rejected}; most often {worst}. "
-            f"See {Path(data.shards) / 'rejected.parquet'}; mend the data or raise data.max_rejected, then run again"
+            f"See {data.shards}/rejected.parquet; mend the data or raise data.max_rejected, then run again"
         )
     _need_images(Counter({split: part["images"] for split, part in manifest["splits"].items()}), data)
     _save_tokenizer(config, manifest)
@@ -112,11 +99,13 @@ def _plans(items: list[Item], data: DataConfig) -> list[dict]:
 
 
 def _digest(plan: dict, data: DataConfig) -> str:
-    """Of everything that decides a shard's content: the items, and size and time of their files."""
-    paths = [Path(data.root, item["ref"]["file"]) for item in plan["items"] if "file" in item["ref"]]
-    stamps = [(path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else None for path in paths]
-    made_of = [SCHEMA_VERSION, data.source, data.root, data.images_per_group, plan["items"], stamps]
-    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+    """Of everything that decides a shard's content: the items, the settings, and size and time of the files."""
+    root = open_folder(data.root) if data.root else None
+    paths = [item["ref"][key] for item in plan["items"] for key in ("file", "labels") if key in item["ref"]]
+    infos = root.get_file_info(paths) if root else []
+    stamps = [(info.size, info.mtime_ns) for info in infos]
+    made_by = {k: v for k, v in asdict(data).items() if k not in _NOT_COMPARED}
+    return hashlib.sha256(json.dumps([SCHEMA_VERSION, made_by, plan["items"], stamps]).encode()).hexdigest()
 
 
 def _make_all(plans: list[dict], data: DataConfig, parallel: bool) -> list[dict]:
@@ -138,7 +127,7 @@ def _in_ray(plans: list[dict], data: DataConfig) -> Iterator[dict]:
     """`_make` as one Ray Data task a shard, as they finish. JSON, because Arrow would give every item the keys of all."""
     import ray
 
-    data = replace(data, shards=str(Path(data.shards).absolute()))  # a worker has another working directory
+    data = replace(data, shards=absolute_path(data.shards))  # a worker has another working directory
     rows = [{"plan": json.dumps(plan)} for plan in plans]
     shards = ray.data.from_items(rows, override_num_blocks=len(rows))
     made = shards.map(lambda row: {"info": json.dumps(_make(json.loads(row["plan"]), data))}, num_cpus=0.5)
@@ -154,7 +143,7 @@ def _make(plan: dict, data: DataConfig) -> dict:
         if info["digest"] == digest and info["sha256"] == sha256_of(files, plan["file"]):
             return info | {"reused": True}
     items = [Item(**item) for item in plan["items"]]
-    shard = write_shard(open_source(data), items, Path(data.shards) / plan["file"], data.images_per_group)
+    shard = write_shard(open_source(data), items, data.shards, plan["file"], data.images_per_group)
     write_json(files, note, {**shard, "digest": digest})
     return {**shard, "reused": False}
 
@@ -208,4 +197,6 @@ def _save_tokenizer(config: Config, manifest: dict) -> None:
     )
     tokenizer = new_tokenizer(texts, config.data.vocabulary, config.system)
     print(f"tokenizer: {len(tokenizer)} tokens", flush=True)
-    tokenizer.save_pretrained(Path(config.data.shards) / "tokenizer")
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        upload(Path(folder), config.data.shards, "tokenizer")

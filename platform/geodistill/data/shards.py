@@ -7,11 +7,8 @@
          manifest.json         written last: its presence means that the data set is whole
 """
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,8 +16,8 @@ from typing import TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import fs
 
+from geodistill.data.files import exists, open_folder, read_json, sha256_of, writing
 from geodistill.data.record import SCHEMA, SCHEMA_VERSION, BadRecord, ImageRecord, validate
 from geodistill.data.sources import Item, Source
 
@@ -49,48 +46,9 @@ class Group:
     images: int
 
 
-def open_folder(folder: str | Path, create: bool = False) -> fs.FileSystem:
-    """The file system whose root is `folder`: every access to shards goes through here. Local folders only for now."""
-    if "://" in str(folder):
-        raise ValueError(f"data.shards={folder}: only local folders can hold shards; give a path")
-    path = str(Path(folder).absolute())
-    local = fs.LocalFileSystem()
-    if create:
-        local.create_dir(path, recursive=True)
-    return fs.SubTreeFileSystem(path, local)
-
-
-def exists(files: fs.FileSystem, name: str) -> bool:
-    return files.get_file_info(name).is_file
-
-
-@contextmanager
-def writing(files: fs.FileSystem, name: str) -> Iterator[pa.NativeFile]:
-    """A stream to `name`, which appears whole or not at all."""
-    with files.open_output_stream(name + ".tmp") as stream:
-        yield stream
-    files.move(name + ".tmp", name)
-
-
-def write_json(files: fs.FileSystem, name: str, value: dict) -> None:
-    with writing(files, name) as stream:
-        stream.write(json.dumps(value, indent=1).encode())
-
-
-def read_json(files: fs.FileSystem, name: str) -> dict:
-    with files.open_input_stream(name) as stream:
-        return json.loads(stream.read())
-
-
-def sha256_of(files: fs.FileSystem, name: str) -> str:
-    with files.open_input_stream(name) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_shard(source: Source, items: Iterable[Item], path: str | Path, images_per_group: int) -> ShardInfo:
-    """Make, check and write the records of `items` to the Parquet file `path`; set bad ones aside, whatever is wrong."""
-    path = Path(path)
-    files = open_folder(path.parent, create=True)
+def write_shard(source: Source, items: Iterable[Item], folder: str | Path, name: str, images_per_group: int) -> ShardInfo:
+    """Make, check and write the records of `items` to the Parquet file folder/name; set bad ones aside, whatever is wrong."""
+    files = open_folder(folder, create=True)
     tasks: Counter[str] = Counter()
     counts: list[int] = []
     rejected: list[dict[str, str]] = []
@@ -126,19 +84,19 @@ def write_shard(source: Source, items: Iterable[Item], path: str | Path, images_
         rejected.append({"file": file, "record": bad.record, "field": bad.field, "reason": bad.reason})
 
     with (
-        writing(files, path.name) as stream,
+        writing(files, name) as stream,
         pq.ParquetWriter(stream, SCHEMA, compression="zstd", use_dictionary=False, write_statistics=False) as writer,
     ):
         for rows in batched(good_rows(), images_per_group):
             writer.write_table(pa.concat_tables(rows).combine_chunks(), row_group_size=images_per_group)
             counts.append(len(rows))
     return {
-        "file": path.name,
+        "file": name,
         "images": sum(counts),
         "conversations": tasks.total(),
         "tasks": dict(sorted(tasks.items())),
         "groups": counts,
-        "sha256": sha256_of(files, path.name),
+        "sha256": sha256_of(files, name),
         "rejected": rejected,
         "lost": lost,
     }
@@ -161,13 +119,11 @@ def load_manifest(folder: str | Path, need: Iterable[str] = ()) -> dict:
     """The manifest of a finished data set. Raises ValueError, with the remedy, when it or a split of `need` is missing."""
     files = open_folder(folder)
     if not exists(files, MANIFEST):
-        raise ValueError(
-            f"{Path(folder) / MANIFEST} does not exist: run jobs/prepare.py with the same --config and overrides first"
-        )
+        raise ValueError(f"{folder}/{MANIFEST} does not exist: run jobs/prepare.py with the same --config and overrides first")
     manifest = read_json(files, MANIFEST)
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(
-            f"{Path(folder) / MANIFEST} has schema version {manifest.get('schema_version')}, this program reads "
+            f"{folder}/{MANIFEST} has schema version {manifest.get('schema_version')}, this program reads "
             f"{SCHEMA_VERSION}: run jobs/prepare.py again with another run= or data.shards="
         )
     for split in need:

@@ -12,7 +12,6 @@ import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import ray.data
@@ -165,7 +164,7 @@ def stream(
     config: Config, splits: list[str], train: TrainConfig, spec: PackerSpec, seed: int, rank: int, world: int, start: int
 ) -> Iterator[MicroBatch]:
     """The micro-batches of one worker from step `start` on, decoded ahead by Ray Data tasks."""
-    folder = Path(config.data.shards)
+    folder = config.data.shards
     manifest = load_manifest(folder, splits)
     order = Order([g for split in splits for g in groups(manifest, split)], seed)
     planned = plan(train, manifest["settings"]["images_per_group"], rank, world, start)
@@ -210,7 +209,7 @@ def read_split(
     config: Config, split: str, spec: PackerSpec, images_per_batch: int, rank: int = 0, world: int = 1
 ) -> Iterator[MicroBatch]:
     """Every image of a split once, in file order, read in this process (validation); worker `rank` takes every world-th batch."""
-    folder = Path(config.data.shards)
+    folder = config.data.shards
     manifest = load_manifest(folder, [split])
     found = groups(manifest, split)
     per_batch = max(1, images_per_batch // manifest["settings"]["images_per_group"])

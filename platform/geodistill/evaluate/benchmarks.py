@@ -70,7 +70,7 @@ class Answerer:
 def answer(config: Config, name: str, folder: str) -> list[dict]:
     """The predictions of one model on `evaluate.split`, in the order of the shards, with progress on the way."""
     options, cluster = config.evaluate, config.cluster
-    found = groups(load_manifest(Path(config.data.shards), [options.split]), options.split)
+    found = groups(load_manifest(config.data.shards, [options.split]), options.split)
     size = max(1, options.images_per_batch // config.data.images_per_group)
     items = [{"groups": json.dumps([vars(g) for g in found[i : i + size]])} for i in range(0, len(found), size)]
     ray.data.DataContext.get_current().execution_options.preserve_order = True
@@ -139,6 +139,6 @@ def constant_answers(predictions: list[dict]) -> dict[str, float]:
 
 def fingerprint(config: Config, model: str) -> dict:
     """What decides the answers of a model: its weights, the test shards and the decoding limits."""
-    manifest = load_manifest(Path(config.data.shards), [config.evaluate.split])
+    manifest = load_manifest(config.data.shards, [config.evaluate.split])
     shards = [shard["sha256"] for shard in manifest["splits"][config.evaluate.split]["shards"]]
     return {"weights": assemble.weights_digest(model), "shards": shards, "max_response": config.evaluate.max_response}

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from geodistill.config import Config, TrainConfig
+from geodistill.data.files import download
 from geodistill.data.rows import Rows
 from geodistill.data.stream import MicroBatch, PackerSpec, new_packer, read_split, stream
 from geodistill.distill.step import Distiller, Experience, Labelled
@@ -54,7 +55,8 @@ def build(config: Config, stage: Stage):
     if start:
         student, processor = assemble.load(start)
     else:
-        source = stage.teacher or config.teacher.model.init or str(Path(config.data.shards) / "tokenizer")
+        source = stage.teacher or config.teacher.model.init
+        source = source or download(config.data.shards, "tokenizer", Path(stage.folder) / "shards-tokenizer")
         tokenizer = assemble.load_tokenizer(source)
         student = assemble.new_model(sizes, tokenizer)
         vision = student.config.vision_config

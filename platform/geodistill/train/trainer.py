@@ -37,7 +37,7 @@ def settings_of(config: Config, stage: Stage) -> dict:
     found = {"seed": config.seed, "system": config.system, "train": train, "model": asdict(model)}
     found["data"] = {k: v for k, v in asdict(config.data).items() if k != "shards"}
     splits = {*stage.train.splits, "val", *(config.distill.pretrain_splits if stage.train.method == "distill" else ())}
-    manifest = load_manifest(Path(config.data.shards))["splits"]
+    manifest = load_manifest(config.data.shards)["splits"]
     found["shards"] = [shard["sha256"] for split in sorted(splits & manifest.keys()) for shard in manifest[split]["shards"]]
     found["cluster"] = {key: getattr(config.cluster, key) for key in ("workers", "precision", "zero_stage")}
     loss = asdict(config.distill.loss)
@@ -94,9 +94,9 @@ def check_resources(config: Config) -> None:
 
 def check_stage(config: Config, stage: Stage) -> None:
     """Raise ValueError for data, folders or a pair of models that cannot work, before a worker starts or a weight is loaded."""
-    manifest = load_manifest(Path(config.data.shards), [*stage.train.splits, "val"])
+    manifest = load_manifest(config.data.shards, [*stage.train.splits, "val"])
     if stage.train.method == "distill" and config.distill.loss.pretrain > 0:
-        load_manifest(Path(config.data.shards), config.distill.pretrain_splits)
+        load_manifest(config.data.shards, config.distill.pretrain_splits)
     per_group = manifest["settings"]["images_per_group"]
     if stage.train.images_per_micro_batch % per_group:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import posixpath
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 from pyarrow import fs
 
 from geodistill.config import DataConfig
+from geodistill.data.files import open_folder
 from geodistill.data.imagery import displayable
 from geodistill.data.record import BadRecord, Conversation, ImageRecord
 from geodistill.language import SENSOR_TAGS
@@ -45,23 +47,12 @@ class Source(Protocol):
     def make(self, item: Item) -> Iterator[ImageRecord | BadRecord]: ...
 
 
-def file_system(folder: str) -> fs.FileSystem:
-    """The file system whose root is `folder`, a local path or a URI such as s3://bucket/key. Raises ValueError."""
-    if "://" not in folder:
-        return fs.SubTreeFileSystem(str(Path(folder).absolute()), fs.LocalFileSystem())
-    try:
-        found, path = fs.FileSystem.from_uri(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} cannot be opened ({error}); give a local path or s3://bucket/key") from error
-    return fs.SubTreeFileSystem(path, found)
-
-
 class Root:
     """The folder data.root. Paths are relative to it, with slashes; every access to raw data goes through here."""
 
     def __init__(self, data: DataConfig):
         """Raises ValueError where data.root is no folder."""
-        self.uri, self.files = data.root, file_system(data.root)
+        self.uri, self.files = data.root, open_folder(data.root)
         try:
             there = self.files.get_file_info("").type == fs.FileType.Directory
         except OSError as error:
@@ -71,9 +62,14 @@ class Root:
 
     def list(self, suffixes: Iterable[str] = IMAGE_SUFFIXES, folder: str = "") -> list[str]:
         """Every file below `folder` with one of the suffixes (lower case), in order of path; hidden ones are left out."""
-        selector = fs.FileSelector(folder, allow_not_found=True, recursive=True)
         wanted = tuple(suffixes)
-        paths = (info.path for info in self.files.get_file_info(selector) if info.type != fs.FileType.Directory)
+        if "://" in self.uri:
+            selector = fs.FileSelector(folder, allow_not_found=True, recursive=True)
+            paths = [info.path for info in self.files.get_file_info(selector) if info.type != fs.FileType.Directory]
+        else:  # pyarrow leaves out links that lead nowhere; they are to be set aside, with their reason
+            top = Path(self.uri)
+            found = os.walk(top / folder, followlinks=True)
+            paths = [Path(here, name).relative_to(top).as_posix() for here, _, names in found for name in names]
         return sorted(p for p in paths if p.lower().endswith(wanted) and not any(part.startswith(".") for part in p.split("/")))
 
     def find(self, *names: str) -> str | None:
@@ -181,7 +177,9 @@ def read_annotations(data: DataConfig, root: Root) -> list:
     name = data.annotations
     there = Path(name).is_file() if Path(name).is_absolute() else root.find(name) is not None
     if not there:
-        raise ValueError(f"data.annotations={name}: does not exist; give a path that is absolute or below data.root={root.uri}")
+        raise ValueError(
+            f"data.annotations={name}: {name} does not exist; give a path that is absolute or below data.root={root.uri}"
+        )
     try:
         records = json.loads(Path(name).read_bytes() if Path(name).is_absolute() else root.read(name))
     except ValueError as error:

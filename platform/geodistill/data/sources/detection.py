@@ -134,14 +134,14 @@ def _unusable(found: Object) -> str | None:
 def tiles(width: int, height: int, side: int, overlap: int) -> list[tuple[int, int, int, int]]:
     """(x1, y1, x2, y2) in pixels of squares of `side` that cover an image, `overlap` pixels shared by neighbours at least.
 
-    The last of a row or column is moved back so that it ends with the image; an image that is smaller one way is not padded.
+    They are spread evenly, the last ends with the image; an image that is smaller one way is not padded.
     """
 
     def starts(length: int) -> list[int]:
         if length <= side:
             return [0]
-        step = side - overlap
-        return [*range(0, length - side, step), length - side]
+        count = -(-(length - overlap) // (side - overlap))
+        return [round(i * (length - side) / (count - 1)) for i in range(count)]
 
     return [(x, y, min(x + side, width), min(y + side, height)) for y in starts(height) for x in starts(width)]
 

@@ -31,7 +31,11 @@ def question_of(raw: dict, name: str) -> tuple[str, str, str, str]:
         task, category = "scene_classification", ""
         answer = class_name(answer)
     elif any(key in name for key in _VQA):
-        task, category, answer = "vqa", clean(raw.get("category") or raw.get("type")), clean(truth if truth is not None else raw.get("answer"))
+        task, category, answer = (
+            "vqa",
+            clean(raw.get("category") or raw.get("type")),
+            clean(truth if truth is not None else raw.get("answer")),
+        )
     elif "region" in name:
         task, category, answer = "region_captioning", clean(raw.get("size_group")), clean(truth)
         text = text if text.startswith(IDENTIFY) else f"{IDENTIFY} What is the object present at {text}"

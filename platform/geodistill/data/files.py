@@ -1,0 +1,73 @@
+"""Folders, local or s3://, through pyarrow: every access to raw data and shards goes through here."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+from pyarrow import fs
+
+
+def absolute_path(folder: str) -> str:
+    """A local path made absolute; a URI and "" stay as they are."""
+    return str(Path(folder).absolute()) if folder and "://" not in folder else folder
+
+
+def open_folder(folder: str | Path, create: bool = False) -> fs.FileSystem:
+    """The file system whose root is `folder`, a local path or a URI such as s3://bucket/key. Raises ValueError."""
+    if "://" not in str(folder):
+        found, path = fs.LocalFileSystem(), str(Path(folder).absolute())
+    else:
+        try:
+            found, path = fs.FileSystem.from_uri(str(folder))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder} cannot be opened ({error}); give a local path or s3://bucket/key") from error
+    if create:
+        found.create_dir(path, recursive=True)
+    return fs.SubTreeFileSystem(path, found)
+
+
+def exists(files: fs.FileSystem, name: str) -> bool:
+    """Is there a file of that name?"""
+    return files.get_file_info(name).is_file
+
+
+@contextmanager
+def writing(files: fs.FileSystem, name: str) -> Iterator[pa.NativeFile]:
+    """A stream to `name`, which appears whole or not at all."""
+    with files.open_output_stream(name + ".tmp") as stream:
+        yield stream
+    files.move(name + ".tmp", name)
+
+
+def write_json(files: fs.FileSystem, name: str, value: dict) -> None:
+    with writing(files, name) as stream:
+        stream.write(json.dumps(value, indent=1).encode())
+
+
+def read_json(files: fs.FileSystem, name: str) -> dict:
+    with files.open_input_stream(name) as stream:
+        return json.loads(stream.read())
+
+
+def sha256_of(files: fs.FileSystem, name: str) -> str:
+    with files.open_input_stream(name) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def upload(local: Path, folder: str, name: str) -> None:
+    """Copy a local folder to `folder`/`name`."""
+    fs.copy_files(
+        str(local), name, source_filesystem=fs.LocalFileSystem(), destination_filesystem=open_folder(folder, create=True)
+    )
+
+
+def download(folder: str, name: str, local: Path) -> Path:
+    """A local folder with the files of `folder`/`name`: that folder itself where it is local, a copy in `local` otherwise."""
+    if "://" not in str(folder):
+        return Path(folder) / name
+    local.mkdir(parents=True, exist_ok=True)
+    fs.copy_files(name, str(local), source_filesystem=open_folder(folder), destination_filesystem=fs.LocalFileSystem())
+    return local
