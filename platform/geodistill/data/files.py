@@ -59,9 +59,9 @@ def sha256_of(files: fs.FileSystem, name: str) -> str:
 
 def upload(local: Path, folder: str, name: str) -> None:
     """Copy a local folder to `folder`/`name`."""
-    fs.copy_files(
-        str(local), name, source_filesystem=fs.LocalFileSystem(), destination_filesystem=open_folder(folder, create=True)
-    )
+    files = open_folder(folder, create=True)
+    files.create_dir(name)
+    fs.copy_files(str(local), name, source_filesystem=fs.LocalFileSystem(), destination_filesystem=files)
 
 
 def download(folder: str, name: str, local: Path) -> Path:

@@ -154,7 +154,8 @@ def read_image(root: Root, item: Item, bands: list[int] | None = None) -> tuple[
     try:
         data = root.read(item.ref["file"])
     except OSError as error:
-        raise BadRecord(item.id, "image", f"cannot be read ({error.strerror or error})") from error
+        why = os.strerror(error.errno) if error.errno else error
+        raise BadRecord(item.id, "image", f"cannot be read ({why})") from error
     if not data:
         raise BadRecord(item.id, "image", "is empty (0 bytes)")
     return displayable(data, item.id, bands or [])
