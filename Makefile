@@ -1,4 +1,4 @@
-# make demo          the whole way on generated scenes, about a quarter of an hour on two cores
+# make demo          the whole way on generated scenes, 12 minutes on two cores
 # make demo-seeds    the same comparison over three seeds          make demo-teacher   make the shipped teacher again
 # make test          the tests                                     make lint           ruff and mypy
 PYTHON ?= python3
