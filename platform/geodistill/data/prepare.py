@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from geodistill.config import Config, DataConfig
 from geodistill.data.files import absolute_path, exists, open_folder, read_json, sha256_of, upload, write_json, writing
+from geodistill.data.preview import write_preview
 from geodistill.data.record import SCHEMA_VERSION
 from geodistill.data.shards import MANIFEST, ShardInfo, batched, groups, load_manifest, more_images, read_group, write_shard
 from geodistill.data.sources import Item, open_source
@@ -65,6 +66,7 @@ def prepare(config: Config, parallel: bool) -> dict:
         )
     _need_images(Counter({split: part["images"] for split, part in manifest["splits"].items()}), data)
     _save_tokenizer(config, manifest)
+    print(f"a look at it: {write_preview(data.shards, manifest, rejected)}", flush=True)
     write_json(files, MANIFEST, manifest)
     return manifest
 

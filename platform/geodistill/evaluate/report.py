@@ -1,7 +1,5 @@
 """report.html of a run: metrics, curves, confusion matrices and drawn samples in one file that needs no network."""
 
-import base64
-import io
 import json
 import random
 from datetime import UTC, datetime
@@ -9,14 +7,13 @@ from html import escape
 from pathlib import Path
 
 from matplotlib import rc_context
-from matplotlib.figure import Figure
-from PIL import Image
 
 from geodistill.config import Config
 from geodistill.data.shards import groups, load_manifest, read_group
 from geodistill.evaluate.metrics import OTHER, SUMMARY, boxes_of, grounding_ious, is_right, rouge
+from geodistill.evaluate.page import drawing, page, plot, table
 from geodistill.evaluate.plots import RC, UNITS, bars_figure, color_of, confusion_figure, stage_figure, validation_figure
-from geodistill.language import SHORT_ANSWER, box_corners
+from geodistill.language import SHORT_ANSWER
 
 TASKS = {
     "scene_classification": "Scene classification",
@@ -25,56 +22,6 @@ TASKS = {
     "captioning": "Captioning",
     "region_captioning": "Region captioning",
 }
-# The figures are transparent with dark text; a dark page inverts their lightness and keeps their hues.
-STYLE = """
-:root{color-scheme:light dark;--ink:#1f2328;--soft:#59636e;--line:#d8dee4;--page:#f6f7f9;--card:#fff;--good:#1a7f37;--bad:#cf222e}
-@media (prefers-color-scheme:dark){:root{--ink:#e6e9ee;--soft:#9aa4af;--line:#333b45;--page:#0f1318;--card:#181d24;
---good:#4cc26a;--bad:#ff7b72}img.plot{filter:invert(1) hue-rotate(180deg)}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:1180px;padding:1.6rem 1.1rem 3rem;background:var(--page);color:var(--ink);
-font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-h1{font-size:1.7rem;line-height:1.2;margin:0;overflow-wrap:anywhere}h2{font-size:1.2rem;margin:2.2rem 0 .7rem}
-.soft,figcaption{color:var(--soft);font-size:.87rem}figcaption{margin-top:.5rem}ul{padding-left:1.2rem;margin:.8rem 0}
-.card,details{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:.9rem 1rem;margin:0 0 .9rem}
-.scroll{overflow-x:auto}img.plot{display:block;width:100%;height:auto}.scroll>img.plot{min-width:660px}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}caption{text-align:left;padding-bottom:.4rem}
-th,td{padding:.32rem .7rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-th:first-child,td:first-child{text-align:left;padding-left:0}
-thead th{vertical-align:bottom}th small{font-weight:400;color:var(--soft)}
-tbody tr:last-child>*{border-bottom:0}.delta td{color:var(--soft)}
-summary{cursor:pointer;font-weight:600}details table{margin-top:.6rem}
-.grid{display:grid;gap:.9rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--min)),1fr))}.grid>*{margin:0}
-.sample svg{display:block;width:100%;height:auto;border-radius:6px;background:#000}
-.sample polygon{fill:none;vector-effect:non-scaling-stroke;filter:drop-shadow(0 0 1px #000a)}
-.sample dl{margin:.6rem 0 0;font-size:.88rem}.sample dt{color:var(--soft);margin-top:.35rem}
-.sample dd{margin:0;overflow-wrap:anywhere;font-size:.9rem}.question{margin:.6rem 0 0;overflow-wrap:anywhere;font-weight:600}
-.one{white-space:nowrap}.sample>.soft{margin-top:.5rem}
-i.key{display:inline-block;width:1.5em;border-top:3px solid;vertical-align:.28em;margin-right:.45em}
-@media (max-width:600px){th,td{padding:.32rem .45rem}.card,details{padding:.8rem}}
-.right{color:var(--good);font-weight:600}.wrong{color:var(--bad);font-weight:600}code{font-size:.87em;overflow-wrap:anywhere}
-"""
-
-
-def _data_url(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _plot(figure: Figure, caption: str, scroll: bool = True) -> str:
-    """A figure as a card: SVG in a data URL, and a caption (plain text)."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.04, metadata={"Date": None})
-    image = f'<img class="plot" alt="{escape(caption)}" src="{_data_url(buffer.getvalue(), "svg+xml")}">'
-    body = f'<div class="scroll">{image}</div>' if scroll else image
-    return f'<figure class="card">{body}<figcaption>{escape(caption)}</figcaption></figure>'
-
-
-def _table(head: list[str], rows: list[list[str]], css: str = "") -> str:
-    """Cells are HTML already. css: class of the last row."""
-    lines = ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
-    if css:
-        lines[-1] = lines[-1].replace("<tr>", f'<tr class="{css}">', 1)
-    header = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    return f'<div class="scroll"><table><thead><tr>{header}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
 def _summary(scores: dict[str, dict]) -> str:
@@ -94,7 +41,7 @@ def _summary(scores: dict[str, dict]) -> str:
         gains = [f"{pair[0][k] - pair[1][k]:+.1f}" if b else "-" for k, b in zip(SUMMARY.values(), both, strict=True)]
         rows.append(["distilled − baseline", *gains])
     head = ["model", *(f"{name}<br><small>{UNITS[name]}</small>" for name in SUMMARY)]
-    return _table(head, rows, "delta" if len(pair) == 2 else "")
+    return table(head, rows, "delta" if len(pair) == 2 else "")
 
 
 def _flat(result: dict) -> dict[str, float]:
@@ -118,8 +65,8 @@ def _details(scores: dict[str, dict]) -> str:
         cells = [["-" if v is None else str(v) if isinstance(v, int) else f"{v:.1f}" for v in row] for row in values]
         rows = [[escape(name.replace("_", " ")), *row] for name, row in zip(names, cells, strict=True)]
         if rows:
-            table = _table(["figure", *map(escape, columns)], rows)
-            blocks.append(f"<details><summary>{title}</summary>{table}</details>")
+            figures = table(["figure", *map(escape, columns)], rows)
+            blocks.append(f"<details><summary>{title}</summary>{figures}</details>")
     left_out = {model: result["not_scored"] for model, result in scores.items() if result.get("not_scored")}
     if left_out:
         model, counts = next(iter(left_out.items()))
@@ -141,34 +88,13 @@ def verdict(question: str, truth: str, answer: str, counter_clockwise: bool = Tr
     return f"ROUGE-L {rouge(answer, [truth])[1]:.0f}", None
 
 
-def _picture(data: bytes) -> tuple[str, int, int]:
-    """Encoded image -> (data URL, width, height in pixels); a large one is reduced to 512 pixels."""
-    image: Image.Image = Image.open(io.BytesIO(data))
-    if image.format in ("PNG", "JPEG") and len(data) < 200_000:
-        return _data_url(data, image.format.lower()), image.width, image.height
-    image = image.convert("RGB")
-    image.thumbnail((512, 512))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=88)
-    return _data_url(buffer.getvalue(), "jpeg"), image.width, image.height
-
-
 def _card(sample: dict, names: list[str], counter_clockwise: bool) -> str:
     """One sample: the image with the boxes of question, truth and answers; below it the texts."""
-    url, width, height = _picture(sample["image"])
     texts = {"question": sample["question"], "truth": sample["truth"], **sample["answers"]}
-    shapes, lines = [], []
+    looks = {"truth": 'stroke-width="4.5"', "teacher": 'stroke-width="2.5" stroke-dasharray="5 4"'}
+    shapes = [(text, color_of(name, names), name, looks.get(name, 'stroke-width="2.5"')) for name, text in texts.items()]
+    lines = []
     for name, text in texts.items():
-        color = color_of(name, names)
-        look = {"truth": 'stroke-width="4.5"', "teacher": 'stroke-width="2.5" stroke-dasharray="5 4"'}.get(
-            name, 'stroke-width="2.5"'
-        )
-        for box in boxes_of(text):
-            if max(map(abs, vars(box).values())) > 10_000:  # nonsense that a browser need not draw
-                continue
-            corners = box_corners(box, width, height, counter_clockwise)
-            points = " ".join(f"{x:.2f},{y:.2f}" for x, y in corners)
-            shapes.append(f'<polygon points="{points}" stroke="{color}" {look}><title>{escape(name)}</title></polygon>')
         if name != "question":
             mark = ""
             if name != "truth":
@@ -178,10 +104,10 @@ def _card(sample: dict, names: list[str], counter_clockwise: bool) -> str:
                 ]
                 mark = f" · {word}{note}"
             lines.append(f"<dt>{_key(name, names)}{escape(name)}{mark}</dt><dd>{escape(text) or '(empty)'}</dd>")
-    drawing = f'<svg viewBox="0 0 {width} {height}" role="img"><image href="{url}" width="{width}" height="{height}"/>'
     question = sample["question"].replace(SHORT_ANSWER, "").strip()
     return (
-        f'<article class="card sample">{drawing}{"".join(shapes)}</svg><p class="question">{escape(question)}</p>'
+        f'<article class="card sample">{drawing(sample["image"], shapes, counter_clockwise)}'
+        f'<p class="question">{escape(question)}</p>'
         f'<dl>{"".join(lines)}</dl><div class="soft">{escape(sample["id"])}</div></article>'
     )
 
@@ -206,13 +132,13 @@ def _curves(histories: dict[str, list[dict]]) -> str:
     comparison = validation_figure(histories)
     if comparison:
         caption = "Validation loss of baseline and distilled student, each point one pass over the validation split. "
-        blocks.append(_plot(comparison, caption + "The distilled student's steps run on from its warm start into the loop."))
+        blocks.append(plot(comparison, caption + "The distilled student's steps run on from its warm start into the loop."))
     for name, rows in histories.items():
         figure = stage_figure(rows)
         if figure:
             caption = f"Stage {name}: every logged value over the steps of the stage ({len(rows)} rows)"
             averaged = "; where a thin line lies below a bold one, the bold one is the centred mean over 5 % of the values."
-            blocks.append(f"<h3>{escape(name)}</h3>" + _plot(figure, caption + averaged))
+            blocks.append(f"<h3>{escape(name)}</h3>" + plot(figure, caption + averaged))
     return "".join(blocks)
 
 
@@ -221,7 +147,7 @@ def _metrics(scores: dict[str, dict]) -> str:
         "Grounding counts an answer as right if all its boxes match at IoU ≥ 0.25. The mean is over unlike figures "
         "(accuracies and a ROUGE-L): good for comparing models here, not an accuracy. Bold: best of the column."
     )
-    bars = _plot(
+    bars = plot(
         bars_figure(scores), "The four tasks by model, the figures of the table above; a minus sign: no sample of that task."
     )
     return f'<div class="card">{_summary(scores)}<p class="soft">{text}</p></div>{bars}{_details(scores)}'
@@ -237,7 +163,7 @@ def _confusions(scores: dict[str, dict]) -> str:
         f"{OTHER}, where there is one, holds answers that are no true class."
     )
     plots = [
-        _plot(
+        plot(
             confusion_figure(model, c), f"{model}: confusion of scene classes, {sum(map(sum, c['counts']))} samples", scroll=False
         )
         for model, c in found.items()
@@ -275,17 +201,8 @@ def write_report(
             "Training": _curves(histories),
             "Samples": _samples(samples, counter_clockwise) if samples else "",
         }
-    sections = "".join(
-        f"<section><h2>{title}</h2>{body or '<p class=soft>Nothing recorded.</p>'}</section>" for title, body in parts.items()
-    )
-    bullets = f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>" if notes else ""
-    name = escape(run.resolve().name)
-    html = (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>GeoDistill: '
-        f'{name}</title><meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head>'
-        f'<body><header><div class="soft">GeoDistill report</div><h1>{name}</h1>{bullets}</header>{sections}'
-        f"<section><h2>Make it again</h2>{_again(run, scores)}</section></body></html>"
-    )
+    parts["Make it again"] = _again(run, scores)
+    html = page(run.resolve().name, "GeoDistill report", notes, parts)
     path = run / "report.html"
     path.write_text(html, encoding="utf-8")
     return path

@@ -1,0 +1,132 @@
+"""preview.html beside the shards: what is in the data, to look at before anything is trained on it."""
+
+import random
+from collections import Counter
+from html import escape
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from geodistill.data.files import open_folder, writing
+from geodistill.data.record import ImageRecord
+from geodistill.data.shards import Group, groups, read_group
+from geodistill.evaluate.metrics import boxes_of
+from geodistill.evaluate.page import drawing, page, plot, table
+from geodistill.evaluate.plots import RC
+
+MOST_READ = 4000  # images whose text is counted; a larger split is sampled by row groups
+ASKED, ANSWERED = "#e69f00", "#1a9641"
+
+
+def _counts(manifest: dict) -> str:
+    """Images and conversations of every split, by task."""
+    tasks = sorted({task for part in manifest["splits"].values() for task in part["tasks"]})
+    rows = [
+        [escape(split), f"{part['images']:,}", f"{part['conversations']:,}", *(f"{part['tasks'].get(t, 0):,}" for t in tasks)]
+        for split, part in manifest["splits"].items()
+    ]
+    return f'<div class="card">{table(["split", "images", "conversations", *(t.replace("_", " ") for t in tasks)], rows)}</div>'
+
+
+def _histograms(values: dict[str, list[float]], unit: str) -> Figure:
+    """A panel for each name."""
+    figure = Figure(figsize=(9, 1.9 * -(-len(values) // 4)), layout="constrained")
+    for i, (name, found) in enumerate(values.items()):
+        ax = figure.add_subplot(-(-len(values) // 4), 4, i + 1)
+        ax.hist(found, bins=min(30, max(5, len(set(found)))), color="#2166ac")
+        ax.set_title(name.replace("_", " "))
+        ax.set_xlabel(unit)
+        ax.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    return figure
+
+
+def _lengths(records: list[ImageRecord]) -> str:
+    """Words of an answer, by task."""
+    words: dict[str, list[float]] = {}
+    for record in records:
+        for c in record.conversations:
+            words.setdefault(c.task, []).extend(len(answer.split()) for _, answer in c.turns if answer is not None)
+    words = {task: found for task, found in sorted(words.items()) if found}
+    if not words:
+        return ""
+    return plot(_histograms(words, "words"), "Words of an answer, by task: how many answers have how many.")
+
+
+def _boxes(records: list[ImageRecord]) -> str:
+    """Sizes, places and angles of all boxes, in percent of the image and degrees."""
+    boxes = [b for r in records for c in r.conversations for q, a in c.turns for b in boxes_of(q) + boxes_of(a or "")]
+    if not boxes:
+        return '<p class="soft">No boxes in this data set.</p>'
+    width, height = (np.array([getattr(b, hi) - getattr(b, lo) for b in boxes]) for lo, hi in (("x1", "x2"), ("y1", "y2")))
+    found = {
+        "width": list(width), "height": list(height), "angle": [b.theta for b in boxes],
+        "area": list(width * height / 100),
+    }  # fmt: skip
+    figure = _histograms(found, "")
+    for ax, unit in zip(figure.axes, ("% of the image", "% of the image", "degrees", "% of the image"), strict=True):
+        ax.set_xlabel(unit)
+    small = 100 * np.mean(width * height / 100 < 1)
+    return plot(figure, f"{len(boxes):,} boxes; {small:.0f} % of them cover less than a hundredth of their image.")
+
+
+def _rejected(rejected: list[dict]) -> str:
+    """What was set aside, by file's field and reason."""
+    if not rejected:
+        return '<p class="soft">Nothing was set aside.</p>'
+    counts = Counter((bad["field"], bad["reason"]) for bad in rejected)
+    rows = [[escape(field), escape(reason), f"{n:,}"] for (field, reason), n in counts.most_common(30)]
+    return f'<div class="card">{table(["field", "reason", "records"], rows)}</div>'
+
+
+def _samples(records: list[ImageRecord]) -> str:
+    """One question of each image, with the boxes of question and answer."""
+    cards = []
+    for i, record in enumerate(records):
+        with_boxes = [c for c in record.conversations if any(boxes_of(q) + boxes_of(a or "") for q, a in c.turns)]
+        choices = with_boxes if with_boxes and i % 2 == 0 else record.conversations
+        chosen = choices[i % len(choices)]
+        question, answer = chosen.turns[0]
+        shapes = [(question, ASKED, "question", 'stroke-width="2.5"'), (answer or "", ANSWERED, "answer", 'stroke-width="2.5"')]
+        said = escape(answer) if answer is not None else "<i>no answer: unlabelled</i>"
+        cards.append(
+            f'<article class="card sample">{drawing(record.image, shapes)}<p class="question">{escape(question)}</p><p>{said}</p>'
+            f'<div class="soft">{escape(chosen.task.replace("_", " "))} · {escape(record.sensor)} · {escape(record.id)}</div></article>'
+        )
+    legend = '<p class="soft">Boxes of the question are orange, those of the answer green.</p>'
+    return f'{legend}<div class="grid" style="--min:220px">{"".join(cards)}</div>'
+
+
+def read_some(folder: str, chosen: list[Group], most: int, seed: int = 0) -> list[ImageRecord]:
+    """The records of randomly drawn row groups, `most` at most."""
+    found: list[ImageRecord] = []
+    for group in random.Random(seed).sample(chosen, len(chosen)):
+        if len(found) >= most:
+            break
+        found += read_group(folder, group)
+    return found[:most]
+
+
+def write_preview(folder: str, manifest: dict, rejected: list[dict], samples: int = 50) -> str:
+    """Write folder/preview.html and return its path.
+
+    manifest: of the finished shards; rejected: {"field", "reason"} of what was set aside; samples: images drawn.
+    """
+    everything = [g for split in manifest["splits"] for g in groups(manifest, split)]
+    records = read_some(folder, everything, MOST_READ)
+    shown = random.Random(1).sample(records, min(samples, len(records)))
+    read = sum(part["images"] for part in manifest["splits"].values())
+    with rc_context(RC):  # type: ignore[arg-type]
+        sections = {
+            "What is in it": _counts(manifest),
+            "Answers": _lengths(records),
+            "Boxes": _boxes(records),
+            "Set aside": _rejected(rejected),
+            "Samples": _samples(shown),
+        }
+    notes = [f"source {manifest['source']}; lengths and boxes are of {len(records):,} images of {read:,}, drawn at random."]
+    html = page(folder.rstrip("/").rpartition("/")[2] or folder, "GeoDistill data", notes, sections)
+    with writing(open_folder(folder), "preview.html") as stream:
+        stream.write(html.encode())
+    return f"{folder}/preview.html"
