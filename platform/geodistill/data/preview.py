@@ -90,9 +90,10 @@ def _samples(records: list[ImageRecord]) -> str:
         question, answer = chosen.turns[0]
         shapes = [(question, ASKED, "question", 'stroke-width="2.5"'), (answer or "", ANSWERED, "answer", 'stroke-width="2.5"')]
         said = escape(answer) if answer is not None else "<i>no answer: unlabelled</i>"
+        below = escape(" · ".join([chosen.task.replace("_", " "), record.sensor, record.id]))
         cards.append(
             f'<article class="card sample">{drawing(record.image, shapes)}<p class="question">{escape(question)}</p><p>{said}</p>'
-            f'<div class="soft">{escape(chosen.task.replace("_", " "))} · {escape(record.sensor)} · {escape(record.id)}</div></article>'
+            f'<div class="soft">{below}</div></article>'
         )
     legend = '<p class="soft">Boxes of the question are orange, those of the answer green.</p>'
     return f'{legend}<div class="grid" style="--min:220px">{"".join(cards)}</div>'
