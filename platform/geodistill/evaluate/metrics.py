@@ -5,8 +5,10 @@ references (every accepted answer), and for grounding optionally size_group. Whe
 ones, call `score` with the predictions of one benchmark at a time.
 """
 
+import json
 from collections import Counter, defaultdict
 from importlib.metadata import version
+from pathlib import Path
 
 from rouge_score.rouge_scorer import RougeScorer
 from shapely import Polygon
@@ -160,6 +162,40 @@ def grounding(predictions: list[dict], counter_clockwise: bool = True) -> dict:
     return result | ({"size_groups": {name: figures(groups[name]) for name in sorted(groups)}} if groups else {})
 
 
+def horizontal(found: Box, counter_clockwise: bool = True) -> Box:
+    """The upright rectangle around an oriented box, rounded to whole percents."""
+    xs, ys = zip(*box_corners(found, 100, 100, counter_clockwise), strict=True)
+    return Box(round(min(xs)), round(min(ys)), round(max(xs)), round(max(ys)))
+
+
+def detection(predictions: list[dict], counter_clockwise: bool = True) -> dict:
+    """mAP at IoU 0.5 of oriented (OBB) and horizontal (HBB) boxes, and precision and recall per class (category).
+
+    A text has no confidences, so a class has one point of its precision-recall curve, and the area under that curve,
+    precision being 0 beyond the recall that was reached, is AP = precision x recall. Boxes are matched in each image as in
+    `grounding`; a pair below 0.5 is no match. mAP is the mean over the classes that are asked for.
+    """
+    result: dict = {"samples": len(predictions)}
+    for name in ("OBB", "HBB"):
+        counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])  # right, predicted, true
+        for p in predictions:
+            found, targets = boxes_of(p["prediction"]), boxes_of(p["references"][0])
+            if name == "HBB":
+                found, targets = ([horizontal(b, counter_clockwise) for b in boxes] for boxes in (found, targets))
+            right = sum(iou >= 0.5 for iou in match_boxes(found, targets, counter_clockwise))
+            counts[p["category"]] = [a + b for a, b in zip(counts[p["category"]], (right, len(found), len(targets)), strict=True)]
+        classes = {
+            kind: {"samples": true, "precision": percent(right, found), "recall": percent(right, true)}
+            for kind, (right, found, true) in sorted(counts.items())
+        }
+        for figures in classes.values():
+            figures["AP"] = figures["precision"] * figures["recall"] / 100
+        result[f"mAP@0.5 {name}"] = sum(figures["AP"] for figures in classes.values()) / len(classes)
+        if name == "OBB":
+            result["categories"] = classes
+    return result
+
+
 _ROUGE = RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
 
 
@@ -186,12 +222,12 @@ def _sort(predictions: list[dict]) -> tuple[dict[str, list[dict]], Counter[str]]
     for p in predictions:
         if p["task"] not in TASKS:
             raise ValueError(f"prediction {p['id']}: task {p['task']!r} is none of {', '.join(TASKS)}")
-        if p["task"] not in TASK_GROUP:
+        if p["task"] not in TASK_GROUP and p["task"] != "detection":
             left_out[p["task"]] += 1
         elif not p["references"]:
             raise ValueError(f"prediction {p['id']} ({p['task']}) has no reference; score only labelled conversations")
-        elif p["task"] == "grounding" and not any(map(boxes_of, p["references"])):
-            left_out["grounding without a target box"] += 1
+        elif p["task"] in ("grounding", "detection") and not any(map(boxes_of, p["references"])):
+            left_out[f"{p['task']} without a target box"] += 1
         else:
             tasks[p["task"]].append(p)
     return tasks, left_out
@@ -209,6 +245,7 @@ def score(predictions: list[dict], counter_clockwise: bool = True) -> dict:
         "scene_classification": scene_classification,
         "vqa": vqa,
         "grounding": lambda samples: grounding(samples, counter_clockwise),
+        "detection": lambda samples: detection(samples, counter_clockwise),
         "captioning": captioning,
         "region_captioning": captioning,
     }
@@ -235,3 +272,49 @@ def summary_table(scores: dict[str, dict]) -> str:
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) for row in rows
     ]
     return "\n".join(lines)
+
+
+COLUMNS = {"benchmark": str, "id": str, "task": str, "category": str, "prediction": str, "references": list}
+
+
+def read_predictions(file: Path) -> tuple[list[dict], list[dict]]:
+    """(predictions, what is set aside: {"line", "field", "reason"}) of a file of JSON lines with the fields of this module.
+
+    `question` and `size_group` may be missing. Raises ValueError, with the remedy, where the file is missing or nothing in it
+    can be scored.
+    """
+    if not file.is_file():
+        raise ValueError(f"predictions={file} does not exist; give a file of JSON lines, one prediction a line")
+    found, bad = [], []
+    for number, line in enumerate(file.read_text().splitlines(), start=1):
+        try:
+            raw = json.loads(line)
+        except ValueError as error:
+            bad.append({"line": number, "field": "", "reason": f"is not JSON ({error})"})
+            continue
+        raw = raw if isinstance(raw, dict) else {}
+        wrong = [k for k, kind in COLUMNS.items() if not isinstance(raw.get(k), kind)]
+        if wrong:
+            bad.append({"line": number, "field": wrong[0], "reason": f"is missing or no {COLUMNS[wrong[0]].__name__}"})
+        elif raw["task"] not in TASKS:
+            bad.append({"line": number, "field": "task", "reason": f"{raw['task']!r} is none of {', '.join(TASKS)}"})
+        elif not raw["references"] or not all(isinstance(r, str) for r in raw["references"]):
+            bad.append({"line": number, "field": "references", "reason": "holds no text"})
+        else:
+            found.append(raw)
+    if not found:
+        worst = f"; line {bad[0]['line']}, field {bad[0]['field']}: {bad[0]['reason']}" if bad else ""
+        raise ValueError(f"predictions={file} holds nothing that can be scored{worst}; the fields are {', '.join(COLUMNS)}")
+    return found, bad
+
+
+def score_file(file: Path, output: Path, counter_clockwise: bool = True) -> dict:
+    """Score existing predictions, each benchmark by itself, and write {benchmark: figures, "set_aside": [...]} to `output`."""
+    predictions, bad = read_predictions(file)
+    by_benchmark: dict[str, list[dict]] = defaultdict(list)
+    for p in predictions:
+        by_benchmark[p["benchmark"]].append(p)
+    result: dict = {name: score(found, counter_clockwise) for name, found in by_benchmark.items()}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result | {"set_aside": bad}, indent=1))
+    return result
