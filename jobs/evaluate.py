@@ -1,10 +1,26 @@
-"""Let every model of evaluate.models answer the test split, score the answers, write metrics.json and report.html."""
+"""Let every model of evaluate.models answer the test split, score the answers, write metrics.json and report.html.
+
+With predictions=FILE.jsonl output=FILE.json: score those answers, run no model and start no Ray.
+"""
 
 from geodistill.cli import main
 from geodistill.config import Config
 
 
+def score_job(config: Config) -> None:
+    from pathlib import Path
+
+    from geodistill.evaluate.metrics import score_file, summary_table
+
+    counter_clockwise = config.evaluate.angle_counter_clockwise
+    scores = score_file(Path(config.predictions), Path(config.output), counter_clockwise)
+    print(f"{summary_table(scores)}\n\nfigures: {config.output}")
+
+
 def evaluate_job(config: Config) -> None:
+    if config.predictions:
+        score_job(config)
+        return
     from geodistill.evaluate.benchmarks import evaluate
     from geodistill.evaluate.metrics import summary_table
     from geodistill.evaluate.report import report_of_run
@@ -15,4 +31,4 @@ def evaluate_job(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main("evaluate", evaluate_job)
+    main("evaluate", evaluate_job, needs_ray=lambda config: not config.predictions)

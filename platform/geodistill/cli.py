@@ -28,16 +28,17 @@ def settings(job: str, argv: list[str] | None = None) -> Config:
         raise SystemExit(2) from error
 
 
-def main(job: str, work: Callable[[Config], None]) -> None:
+def main(job: str, work: Callable[[Config], None], needs_ray: Callable[[Config], bool] = lambda config: True) -> None:
     """Run `work` with the settings of the command line, in the cluster of this process or a local Ray.
 
     Exit codes: 0 done; 1 data or training failed, with the reason on stderr; 2 wrong settings, before Ray starts.
     """
     config = settings(job)
-    from geodistill.cluster import connect
-
     try:
-        connect()
+        if needs_ray(config):
+            from geodistill.cluster import connect
+
+            connect()
         work(config)
     except (ValueError, JobFailed) as error:
         print(f"{job}: {error}", file=sys.stderr)

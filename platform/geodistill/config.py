@@ -210,6 +210,8 @@ class Config:
     run: str = option("runs/default", "folder of this run: data, models, metrics, report", "path")
     seed: int = option(0, "seed of initial weights, order of data and sampling")
     role: str = option("student", "finetune: teacher | student (the baseline) | blind (the baseline without images)")
+    predictions: str = option("", "evaluate: score this file of JSON lines, and run no model", "path")
+    output: str = option("", "evaluate: where the figures of `predictions` are written (JSON)", "path")
     system: str = option(SYSTEM, "system text at the head of every prompt")
     data: DataConfig = section(DataConfig, "from raw data to shards")
     tower: TowerConfig = section(TowerConfig, "dense pre-training of the demo's vision tower (jobs/pretrain.py)")
@@ -342,6 +344,10 @@ def validate(config: Config) -> None:
     def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
         need(value in allowed, f"{key}={value!r} is none of {', '.join(allowed)}")
 
+    need(
+        bool(config.predictions) == bool(config.output),
+        f"predictions={config.predictions} and output={config.output} go together: FILE.jsonl to score, FILE.json to write",
+    )
     one_of("role", config.role, ("teacher", "student", "blind"))
     one_of("data.source", config.data.source, SOURCE_NAMES)
     one_of("data.sensor", config.data.sensor, SENSORS)

@@ -1,11 +1,12 @@
 """Every metric against values worked out by hand."""
 
+import json
 import math
 from importlib.metadata import version
 
 import pytest
 
-from geodistill.evaluate.metrics import box_iou, grounding_ious, match_boxes, score, summary_table
+from geodistill.evaluate.metrics import box_iou, grounding_ious, match_boxes, score, score_file, summary_table
 from geodistill.language import Box, format_box, format_boxes
 
 
@@ -210,3 +211,39 @@ def test_summary_table() -> None:
         "distilled    7.2      -          -           -   7.2",
     ]
     assert summary_table({}) == "model  scene  VQA  grounding  captioning  mean"
+
+
+def test_detection_without_confidences() -> None:
+    # ships: 3 true, 2 predicted, 1 right -> precision 50, recall 33.3; cars: 1 true, found -> AP 100
+    true, near, far = (10, 10, 30, 30), (11, 11, 31, 31), (60, 60, 80, 80)
+    result = score(
+        [
+            made("detection", boxes(near, far), boxes(true, (40, 10, 50, 30)), category="ship"),
+            made("detection", "none", boxes((1, 1, 9, 9)), category="ship"),
+            made("detection", boxes(true), boxes(true), category="car"),
+        ]
+    )["detection"]
+    assert result["categories"]["ship"] == pytest.approx({"samples": 3, "precision": 50, "recall": 100 / 3, "AP": 50 / 3})
+    assert result["mAP@0.5 OBB"] == result["mAP@0.5 HBB"] == pytest.approx((50 / 3 + 100) / 2)
+    turned = score([made("detection", boxes((10, 40, 90, 60, 90)), boxes((40, 10, 60, 90)), category="ship")])["detection"]
+    assert turned["mAP@0.5 OBB"] == turned["mAP@0.5 HBB"] == 100
+
+
+def test_a_file_of_predictions_is_scored_and_bad_lines_are_set_aside(tmp_path) -> None:
+    good = made("vqa", "yes", "yes", category="presence")
+    lines = [json.dumps(good), "{", json.dumps(good | {"task": "dance"}), json.dumps(good | {"references": []}),
+             json.dumps({k: v for k, v in good.items() if k != "prediction"}), json.dumps(good | {"benchmark": "other"})]  # fmt: skip
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    result = score_file(tmp_path / "p.jsonl", tmp_path / "out" / "scores.json")
+    written = json.loads((tmp_path / "out/scores.json").read_text())
+    assert result["test"]["vqa"]["mOA"] == written["other"]["vqa"]["mOA"] == 100
+    assert [(bad["line"], bad["field"]) for bad in written["set_aside"]] == [
+        (2, ""),
+        (3, "task"),
+        (4, "references"),
+        (5, "prediction"),
+    ]
+    (tmp_path / "empty.jsonl").write_text("")
+    for name, message in (("gone", "does not exist"), ("empty", "nothing that can be scored")):
+        with pytest.raises(ValueError, match=message):
+            score_file(tmp_path / f"{name}.jsonl", tmp_path / "x.json")
