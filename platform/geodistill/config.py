@@ -114,6 +114,7 @@ class TrainConfig:
     )
     blind: bool = option(False, "hide the image from the model (control: what language alone gives)")
     log_every: int = option(20, "steps between two lines of progress", "steps")
+    keep: str = option("best", "which model is kept: best (lowest validation loss) | last (the on-policy loop: always the last)")
     validate_every: int = option(100, "steps between two passes over the validation split", "steps")
     checkpoint_every: int = option(100, "steps between two checkpoints", "steps")
 
@@ -414,6 +415,7 @@ def validate(config: Config) -> None:
     }
     for name, train in trains.items():
         one_of(f"{name}.method", train.method, ("sft", "kd", "distill"))
+        one_of(f"{name}.keep", train.keep, ("best", "last"))
         for split in train.splits:
             one_of(f"{name}.splits", split, ("train", "unlabelled"))
         need(bool(train.splits), f"{name}.splits is empty; set it to [train]")

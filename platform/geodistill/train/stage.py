@@ -16,7 +16,11 @@ class Stage:
     role: str  # "teacher" or "student": whose model settings hold
     weights: str  # folder of the model to go on from; "" = model.init, or random
     teacher: str  # folder of the frozen teacher; "" = none
-    keep_best: bool  # the model is the one of the lowest validation loss, not the last
+
+    @property
+    def keep_best(self) -> bool:
+        """Is the model that of the lowest validation loss, and not the last?"""
+        return self.train.keep == "best" and self.train.method != "distill"
 
 
 def stages(config: Config, job: str) -> list[Stage]:
@@ -25,18 +29,18 @@ def stages(config: Config, job: str) -> list[Stage]:
     if job == "finetune":
         role = config.role
         if role == "teacher":
-            return [Stage("teacher", str(run / "teacher"), config.teacher.train, "teacher", "", "", True)]
+            return [Stage("teacher", str(run / "teacher"), config.teacher.train, "teacher", "", "")]
         train = config.student.train
         if role == "blind":
             train = replace(train, blind=True, steps=config.student.blind_steps or train.steps)
         name = "baseline" if role == "student" else "blind"
-        return [Stage(name, str(run / name), train, "student", "", "", True)]
+        return [Stage(name, str(run / name), train, "student", "", "")]
     distill = config.distill
     found = []
     start = ""
     if distill.warm_start.steps:
         folder = run / "distill" / "warm"
-        found.append(Stage("distill/warm", str(folder), distill.warm_start, "student", "", distill.teacher, True))
+        found.append(Stage("distill/warm", str(folder), distill.warm_start, "student", "", distill.teacher))
         start = str(folder / "model")
-    found.append(Stage("distill", str(run / "distill"), distill.train, "student", start, distill.teacher, False))
+    found.append(Stage("distill", str(run / "distill"), distill.train, "student", start, distill.teacher))
     return found
