@@ -11,13 +11,18 @@ class JobFailed(RuntimeError):
 
 
 def settings(job: str, argv: list[str] | None = None) -> Config:
-    """Parse `--config FILE [key=value ...]`; print help or the error and leave (0 or 2) where nothing can be run."""
+    """Parse `--config FILE [key=value ...]`; print help or the error and leave (0 or 2) where nothing can be run.
+
+    Without --config the defaults hold, where a file of predictions is to be scored: no run's settings play a part in that.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     usage = f"usage: python jobs/{job}.py --config FILE [key=value ...]"
     if "--help" in arguments or "-h" in arguments:
         print(f"{usage}\n\nkeys, with type, default, meaning and [unit]:\n{describe()}")
         raise SystemExit(0)
     try:
+        if any(argument.startswith("predictions=") for argument in arguments) and "--config" not in arguments:
+            return absolute(load(None, arguments))
         if "--config" not in arguments[:-1]:
             raise ConfigError(f"--config FILE is missing; {usage}")
         at = arguments.index("--config")

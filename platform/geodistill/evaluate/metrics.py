@@ -10,10 +10,10 @@ from collections import Counter, defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
-from rouge_score.rouge_scorer import RougeScorer
 from shapely import Polygon
 from shapely.errors import GEOSException
 
+from geodistill.evaluate import captions
 from geodistill.language import TASK_GROUP, TASKS, Box, box_corners, parse_boxes
 
 OTHER = "(other)"
@@ -196,25 +196,6 @@ def detection(predictions: list[dict], counter_clockwise: bool = True) -> dict:
     return result
 
 
-_ROUGE = RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
-
-
-def rouge(prediction: str, references: list[str]) -> tuple[float, float]:
-    """ROUGE-1 and ROUGE-L F of one text, 0-100, each the maximum over the references; no stemming."""
-    best = _ROUGE.score_multi(references, prediction)
-    return 100.0 * best["rouge1"].fmeasure, 100.0 * best["rougeL"].fmeasure
-
-
-def captioning(predictions: list[dict]) -> dict:
-    """Mean over the samples of ROUGE-1 and ROUGE-L F."""
-    scores = [rouge(p["prediction"], p["references"]) for p in predictions]
-    return {
-        "samples": len(scores),
-        "ROUGE-1": sum(one for one, _ in scores) / len(scores),
-        "ROUGE-L": sum(longest for _, longest in scores) / len(scores),
-    }
-
-
 def _sort(predictions: list[dict]) -> tuple[dict[str, list[dict]], Counter[str]]:
     """(task -> the predictions that are scored, task -> number of those that are not)."""
     tasks: dict[str, list[dict]] = defaultdict(list)
@@ -246,19 +227,26 @@ def score(predictions: list[dict], counter_clockwise: bool = True) -> dict:
         "vqa": vqa,
         "grounding": lambda samples: grounding(samples, counter_clockwise),
         "detection": lambda samples: detection(samples, counter_clockwise),
-        "captioning": captioning,
-        "region_captioning": captioning,
+        "captioning": captions.captioning,
+        "region_captioning": captions.captioning,
     }
     result: dict = {task: function(tasks[task]) for task, function in functions.items() if tasks.get(task)}
     headline = {"scene_classification": "OA", "vqa": "mOA", "grounding": "acc@0.25"}
     summary = {task: result[task][key] for task, key in headline.items() if task in result}
-    captions = [result[task] for task in ("captioning", "region_captioning") if task in result]
-    if captions:
-        summary["captioning"] = sum(c["samples"] * c["ROUGE-L"] for c in captions) / sum(c["samples"] for c in captions)
+    texts = [result[task] for task in ("captioning", "region_captioning") if task in result]
+    if texts:
+        summary["captioning"] = sum(c["samples"] * c["ROUGE-L"] for c in texts) / sum(c["samples"] for c in texts)
     if summary:
         summary["mean"] = sum(summary.values()) / len(summary)
-    libraries = {name: version(name) for name in ("rouge-score", "shapely")}
-    return result | {"summary": summary, "not_scored": dict(left_out), "libraries": libraries}
+    return result | {"summary": summary, "not_scored": dict(left_out), "libraries": libraries()}
+
+
+def libraries() -> dict[str, str]:
+    """Metric -> "library version" that computes it."""
+    ours, geometry = f"geodistill {version('geodistill')}", f"shapely {version('shapely')}"
+    counted = dict.fromkeys(("OA", "AA", "mOA"), ours)
+    boxes = dict.fromkeys(("acc@0.5", "acc@0.25", "mean_iou", "mAP@0.5 OBB", "mAP@0.5 HBB"), geometry)
+    return counted | boxes | captions.libraries()
 
 
 def summary_table(scores: dict[str, dict]) -> str:

@@ -10,10 +10,14 @@ from matplotlib import rc_context
 
 from geodistill.config import Config
 from geodistill.data.shards import groups, load_manifest, read_group
-from geodistill.evaluate.metrics import OTHER, SUMMARY, boxes_of, grounding_ious, is_right, rouge
+from geodistill.evaluate.captions import rouge
+from geodistill.evaluate.compare import by_benchmark, intervals_table, measure, paired_table
+from geodistill.evaluate.metrics import OTHER, SUMMARY, boxes_of, grounding_ious, is_right, score
 from geodistill.evaluate.page import drawing, page, plot, table
 from geodistill.evaluate.plots import RC, UNITS, bars_figure, color_of, confusion_figure, stage_figure, validation_figure
+from geodistill.evaluate.tables import Table, tables
 from geodistill.language import SHORT_ANSWER
+from geodistill.models.size import size_of
 
 TASKS = {
     "scene_classification": "Scene classification",
@@ -174,7 +178,7 @@ def _confusions(scores: dict[str, dict]) -> str:
 def _again(run: Path, scores: dict[str, dict]) -> str:
     config = next(iter(sorted(run.glob("*.yaml"))), None)
     command = f"python jobs/evaluate.py --config {config or 'CONFIG'} run={run}"
-    libraries = {f"{name} {version}" for s in scores.values() for name, version in s.get("libraries", {}).items()}
+    libraries = {library for s in scores.values() for library in s.get("libraries", {}).values()}
     made = f"Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by geodistill.evaluate.report"
     with_libraries = f", with {', '.join(sorted(libraries))}" if libraries else ""
     return f'<p><code>{escape(command)}</code></p><p class="soft">{escape(made + with_libraries)}.</p>'
@@ -187,16 +191,18 @@ def write_report(
     samples: list[dict],
     notes: list[str],
     counter_clockwise: bool = True,
+    sections: dict[str, list[Table]] | None = None,
 ) -> Path:
     """Write `run`/report.html and return its path.
 
     scores: model -> `metrics.score`. histories: stage -> metric rows, each with its "step" from the start of the stage.
     samples: {"id", "image" (PNG or JPEG bytes), "question", "truth", "answers": {model: text}}.
-    counter_clockwise: the sign of theta in the box text.
+    counter_clockwise: the sign of theta in the box text. sections: title -> tables, below the metrics.
     """
     with rc_context(RC):  # type: ignore[arg-type]
         parts = {
             "Metrics": _metrics(scores) if scores else "",
+            **{title: "".join(table.html() for table in tables) for title, tables in (sections or {}).items()},
             "Scene confusion": _confusions(scores),
             "Training": _curves(histories),
             "Samples": _samples(samples, counter_clockwise) if samples else "",
@@ -211,17 +217,46 @@ def write_report(
 STAGES = ("teacher", "baseline", "blind", "distill/warm", "distill")
 
 
-def report_of_run(config: Config, scores: dict[str, dict]) -> Path:
-    """The report of what a run folder holds: metrics of its stages, predictions of its models, samples of its test split."""
+def answers_of_run(config: Config) -> dict[str, list[dict]]:
+    """Model -> its predictions below run/evaluate. Raises ValueError where there are none."""
+    folder = Path(config.run) / "evaluate"
+    found = {name: _predictions(file) for name in config.evaluate.models if (file := folder / f"{name}.jsonl").is_file()}
+    if not found:
+        raise ValueError(f"{folder} holds no answers of {', '.join(config.evaluate.models)}; run jobs/evaluate.py first")
+    return found
+
+
+def comparisons(config: Config, answers: dict[str, list[dict]]) -> dict[str, list[Table]]:
+    """The models of the run beside the paper's, and how sure their figures and differences are.
+
+    Raises ValueError if two models that are compared did not answer the same questions.
+    """
+    models, counter_clockwise = config.evaluate.models, config.evaluate.angle_counter_clockwise
+    scores = {
+        name: {benchmark: score(found, counter_clockwise) for benchmark, found in by_benchmark(answers.get(name, [])).items()}
+        for name in models
+    }
+    sizes = {name: size_of(folder) for name, folder in models.items() if (Path(folder) / "config.json").is_file()}
+    measured = {name: measure(found, counter_clockwise) for name, found in answers.items()}
+    pairs = [("distilled", other) for other in ("baseline", "teacher") if {"distilled", other} <= measured.keys()]
+    tests = [paired_table(pair, measured[pair[0]], measured[pair[1]]) for pair in pairs]
+    return {"The paper's tables": tables(scores, sizes), "How sure": [intervals_table(measured), *tests]}
+
+
+def report_of_run(config: Config, scores: dict[str, dict], sections: dict[str, list[Table]] | None = None) -> Path:
+    """The report of what a run folder holds: metrics of its stages, predictions of its models, samples of its test split.
+
+    sections: `comparisons`; made where they are not given.
+    """
     run = Path(config.run)
     files = {stage: run / stage / "metrics.jsonl" for stage in STAGES}
     histories = {
         stage: [json.loads(line) for line in file.read_text().splitlines()] for stage, file in files.items() if file.is_file()
     }
     answers = {name: _predictions(run / "evaluate" / f"{name}.jsonl") for name in scores}
-    return write_report(
-        run, scores, histories, _drawn(config, answers), _notes(config, scores), config.evaluate.angle_counter_clockwise
-    )
+    sections = sections or comparisons(config, answers)
+    samples, counter_clockwise = _drawn(config, answers), config.evaluate.angle_counter_clockwise
+    return write_report(run, scores, histories, samples, _notes(config, scores), counter_clockwise, sections)
 
 
 def _predictions(file: Path) -> list[dict]:
