@@ -67,6 +67,11 @@ class DataConfig:
     vocabulary: int = option(
         1024, "size of the tokenizer made from the training text, where teacher.model.init brings none", "tokens"
     )
+    duplicates: str = option(
+        "report", "images that are in training and held out as well: report | remove (from training, and from validation)"
+    )
+    duplicate_bits: int = option(4, "bits of 64 in which the perceptual hashes of two copies may differ; -1: exact copies only", "bits")
+    name: str = option("", "name of the data set in tables; empty: the last part of data.root, or data.source")
     seed: int = option(0, "seed of the synthetic scenes and of the split (kept apart from the run's seed)")
 
 
@@ -351,6 +356,8 @@ def validate(config: Config) -> None:
     )
     one_of("role", config.role, ("teacher", "student", "blind"))
     one_of("data.source", config.data.source, SOURCE_NAMES)
+    one_of("data.duplicates", config.data.duplicates, ("report", "remove"))
+    need(-1 <= config.data.duplicate_bits <= 16, f"data.duplicate_bits={config.data.duplicate_bits} must lie between -1 and 16")
     one_of("data.sensor", config.data.sensor, SENSORS)
     one_of("cluster.precision", config.cluster.precision, ("fp32", "bf16"))
     need(config.cluster.zero_stage in (0, 1, 2), f"cluster.zero_stage={config.cluster.zero_stage}: use 0, 1 or 2")

@@ -1,14 +1,24 @@
-"""`prepare` through Ray Data makes the same shards as in one process, and the job ends with the right code."""
+"""`prepare` through Ray Data: the same shards as in one process, from S3 as from a disk, killed as unbroken; its exit codes."""
 
+import io
 import json
+import os
 import runpy
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import boto3
+import numpy as np
 import pytest
+from moto.server import ThreadedMotoServer
+from PIL import Image
 
 from geodistill.config import load
 from geodistill.data.prepare import prepare
+from geodistill.data.shards import groups, load_manifest, read_group
 from geodistill.models.assemble import load_tokenizer
 
 pytestmark = pytest.mark.integration
@@ -59,3 +69,79 @@ def test_job(ray_cluster, tmp_path, monkeypatch, capsys):
     assert run_job(monkeypatch, "--config", str(file), *gone) == 1
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prepare: ")]
     assert len(said) == 1 and "data.root=" in said[0] and "is not a folder" in said[0]
+
+
+def start_job(*arguments: str, **environment: str) -> subprocess.Popen:
+    """The job as a process with a Ray of its own."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
+    return subprocess.Popen([sys.executable, JOB, *arguments], env={**kept, "RAY_ADDRESS": "local", **environment},
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """An S3 server on this machine with an empty bucket `remote`; yields the settings that lead boto3 and pyarrow there."""
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1",
+                "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_EC2_METADATA_DISABLED": "true"}  # fmt: skip
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="remote")
+    yield settings
+    server.stop()
+
+
+@pytest.mark.timeout(240)
+def test_s3_for_input_and_output(s3, tmp_path):
+    client = boto3.client("s3", region_name="us-east-1")
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (20, 20, 3), np.uint8)).save(buffer, "PNG")
+        name = f"{('Pond', 'BareLand')[i % 2]}/{i}.png"
+        client.put_object(Bucket="remote", Key=f"raw/AID/{name}", Body=buffer.getvalue() if i else b"broken")
+        (tmp_path / "AID" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "AID" / name).write_bytes(buffer.getvalue() if i else b"broken")
+    (tmp_path / "c.yaml").write_text("data: {source: class_folders, images_per_shard: 8, images_per_group: 4, vocabulary: 400}\n")
+    remote = ["--config", str(tmp_path / "c.yaml"), f"run={tmp_path / 'run'}", "data.root=s3://remote/raw/AID", "data.shards=s3://remote/shards"]
+    said, _ = start_job(*remote, **s3).communicate(timeout=200)
+    assert "set aside: 1" in said and "images in s3://remote/shards/manifest.json" in said, said
+    local = prepare(load(str(tmp_path / "c.yaml"), [f"run={tmp_path / 'run'}", f"data.root={tmp_path / 'AID'}"]), parallel=False)
+    manifest = load_manifest("s3://remote/shards", ["train", "test"])
+    assert sums(manifest) == sums(local) and len(sums(local)) > 4
+    for group in groups(manifest, "train"):
+        assert read_group("s3://remote/shards", group) == read_group(tmp_path / "run" / "data", group)
+    keys = {o["Key"] for o in client.list_objects_v2(Bucket="remote", Prefix="shards/")["Contents"]}
+    assert {"shards/tokenizer/tokenizer.json", "shards/rejected.parquet", "shards/preview.html"} <= keys
+    assert not any(key.endswith(".tmp") for key in keys)
+    with pytest.raises(ValueError, match="s3://nowhere/x/manifest.json does not exist"):
+        load_manifest("s3://nowhere/x")
+
+
+@pytest.mark.timeout(600)
+def test_ten_thousand_images_killed_half_way(tmp_path):
+    """SIGKILL when half of the shards are there; the same command goes on and ends with the checksums of an unbroken run."""
+    (tmp_path / "c.yaml").write_text("data: {train: 9000, val: 500, test: 500, images_per_shard: 256, vocabulary: 1024}\n")
+
+    def run(name: str) -> subprocess.Popen:
+        return start_job("--config", str(tmp_path / "c.yaml"), f"run={tmp_path / name}")
+
+    said, _ = run("whole").communicate(timeout=250)
+    assert "10000 images in" in said, said
+    killed = run("killed")
+    folder = tmp_path / "killed" / "data"
+    while len(list(folder.glob("*.json"))) < 20 and killed.poll() is None:
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait(timeout=30)
+    assert not (folder / "manifest.json").exists() and len(list(folder.glob("*.json"))) < 40
+    with pytest.raises(ValueError, match=r"manifest.json does not exist: run jobs/prepare.py"):
+        load_manifest(folder)
+    said, _ = run("killed").communicate(timeout=250)
+    assert said.count("kept from an earlier run") >= 18, said
+    whole, resumed = load_manifest(tmp_path / "whole" / "data"), load_manifest(folder)
+    assert sums(resumed) == sums(whole) and len(sums(whole)) == 40
+    assert sum(part["images"] for part in resumed["splits"].values()) == 10_000
+    assert not list(folder.glob("*.tmp"))

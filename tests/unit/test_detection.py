@@ -10,7 +10,7 @@ from shapely import Polygon
 
 from geodistill.config import DataConfig
 from geodistill.data.sources import open_source
-from geodistill.data.sources.detection import Object, ask, describe, plural, tiles, visible
+from geodistill.data.sources.detection import Object, ask, describe, kind_of, plural, tiles, visible
 from geodistill.language import box_corners, box_from_corners, parse_boxes
 
 from .test_sources import make_all, picture, put
@@ -83,7 +83,22 @@ def test_words_of_size_and_place():
     seen = describe([visible(t, (0, 0, 100, 100), 0.5, False) for t in things])
     assert [s.phrase for s in seen] == ["car at the top left", "car at the center", "large car at the bottom right",
                                         "plane at the bottom left"]  # fmt: skip
-    assert (plural("bus", 2), plural("ship", 1), plural("bridge", 3)) == ("2 buses", "1 ship", "3 bridges")
+    assert [plural(kind, 3) for kind in ("bus", "bridge", "ferry", "chimney", "aircraft")] == [
+        "3 buses", "3 bridges", "3 ferries", "3 chimneys", "3 aircraft"]  # fmt: skip
+    assert plural("ship", 1) == "1 ship"
+    named = [Object("small vehicle", rectangle(x, 50, side, side, 0)) for x, side in ((20, 8), (50, 8), (80, 20))]
+    assert [s.phrase for s in describe([visible(t, (0, 0, 100, 100), 0.5, False) for t in named])] == [
+        f"small vehicle at the {place}" for place in ("left", "center", "right")
+    ]  # no "small small vehicle"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("small-vehicle", "small vehicle"), ("tenniscourt", "tennis court"), ("Expressway-toll-station", "expressway toll station"),
+     ("Dry-Cargo-Ship", "dry cargo ship"), ("Small Car", "small car"), ("Boeing737", "Boeing737"), ("container_crane", "container crane")],
+)  # fmt: skip
+def test_names_of_classes_become_words(name, words):
+    assert kind_of(name) == words
 
 
 def test_phrases_fit_one_object_and_answers_hold_its_box():

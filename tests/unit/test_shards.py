@@ -177,7 +177,7 @@ def test_bad_images_are_set_aside_and_counted(tmp_path, capsys):
     assert {r.id for r in read_all(config, manifest, "train")} == {f"Sea_Lake/{name}" for name in good}
     rejected = pq.read_table(tmp_path / "run" / "data" / "rejected.parquet").to_pylist()
     assert {(row["record"], row["field"]) for row in rejected} == {(f"Sea_Lake/{n}", "image") for n in [*bad, "gone.jpg"]}
-    assert {row["record"]: row["file"] for row in rejected}["Sea_Lake/gone.jpg"].endswith("raw/notes.json")
+    assert {row["record"]: row["file"] for row in rejected}["Sea_Lake/gone.jpg"] == "notes.json"
     # a mended image is read again, although the shard's other items are the same
     (tmp_path / "run" / "data" / "manifest.json").unlink()
     put(tmp_path / "raw" / "Sea_Lake", {"empty.tif": picture("TIFF")})
@@ -260,8 +260,6 @@ def test_manifest_that_cannot_be_used(tmp_path):
     (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 0}))
     with pytest.raises(ValueError, match=r"has schema version 0, this program reads 1: run jobs/prepare.py again"):
         load_manifest(config.data.shards)
-    with pytest.raises(ValueError, match="only local folders"):
-        load_manifest("s3://bucket/data")
     with pytest.raises(ValueError, match="does not exist"):
         load_manifest(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()

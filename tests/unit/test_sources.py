@@ -333,4 +333,4 @@ def test_real_aid():
 
 
 def test_registry():
-    assert set(SOURCES) <= set(SOURCE_NAMES)
+    assert list(SOURCES) == list(SOURCE_NAMES)

@@ -15,15 +15,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from geodistill.config import Config, DataConfig
+from geodistill.data.duplicates import SCHEMA as DUPLICATES
+from geodistill.data.duplicates import Copy, Fingerprint, find_copies, summary
 from geodistill.data.files import absolute_path, exists, open_folder, read_json, sha256_of, upload, write_json, writing
 from geodistill.data.preview import write_preview
 from geodistill.data.record import SCHEMA_VERSION
-from geodistill.data.shards import MANIFEST, ShardInfo, batched, groups, load_manifest, more_images, read_group, write_shard
+from geodistill.data.shards import (
+    MANIFEST,
+    ShardInfo,
+    batched,
+    groups,
+    leave_out,
+    load_manifest,
+    more_images,
+    read_group,
+    write_shard,
+)
 from geodistill.data.sources import Item, open_source
 from geodistill.data.synthetic import SPLITS
 
 REJECTED = pa.schema([(name, pa.string()) for name in ("file", "record", "field", "reason")])
 _NOT_COMPARED = ("shards", "max_rejected")  # settings that leave the records as they are
+_NOT_IN_A_SHARD = (*_NOT_COMPARED, "duplicates", "duplicate_bits", "name")  # settings that leave a shard as it is first made
 
 
 def prepare(config: Config, parallel: bool) -> dict:
@@ -50,12 +63,15 @@ def prepare(config: Config, parallel: bool) -> dict:
     with writing(files, "rejected.parquet") as stream:
         pq.write_table(pa.Table.from_pylist(rejected, REJECTED), stream)
     lost, total = sum(info["lost"] for info in infos), sum(item.records for item in items)
+    infos, copies, left_out = _duplicates(infos, data)
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "source": data.source,
         "settings": settings,
         "splits": {split: _total(split, infos) for split in SPLITS if any(item.split == split for item in items)},
         "rejected": len(rejected),
+        "duplicates": summary(copies),
+        "left_out": left_out,
     }
     _print_summary(manifest, rejected)
     if lost > data.max_rejected * total:
@@ -66,7 +82,7 @@ def prepare(config: Config, parallel: bool) -> dict:
         )
     _need_images(Counter({split: part["images"] for split, part in manifest["splits"].items()}), data)
     _save_tokenizer(config, manifest)
-    print(f"a look at it: {write_preview(data.shards, manifest, rejected)}", flush=True)
+    print(f"a look at it: {write_preview(data.shards, manifest, rejected, copies)}", flush=True)
     write_json(files, MANIFEST, manifest)
     return manifest
 
@@ -106,7 +122,7 @@ def _digest(plan: dict, data: DataConfig) -> str:
     paths = [item["ref"][key] for item in plan["items"] for key in ("file", "labels") if key in item["ref"]]
     infos = root.get_file_info(paths) if root else []
     stamps = [(info.size, info.mtime_ns) for info in infos]
-    made_by = {k: v for k, v in asdict(data).items() if k not in _NOT_COMPARED}
+    made_by = {k: v for k, v in asdict(data).items() if k not in _NOT_IN_A_SHARD}
     return hashlib.sha256(json.dumps([SCHEMA_VERSION, made_by, plan["items"], stamps]).encode()).hexdigest()
 
 
@@ -150,11 +166,32 @@ def _make(plan: dict, data: DataConfig) -> dict:
     return {**shard, "reused": False}
 
 
+def _duplicates(infos: list[dict], data: DataConfig) -> tuple[list[dict], list[Copy], int]:
+    """(infos, images that are there twice, how many were left out): with data.duplicates=remove none leaks any more."""
+    images = [Fingerprint(_split(info), name, sha, int(phash, 16)) for info in infos for name, sha, phash in info["fingerprints"]]
+    copies = find_copies(images, data.duplicate_bits)
+    files = open_folder(data.shards)
+    with writing(files, "duplicates.parquet") as stream:
+        pq.write_table(pa.Table.from_pylist([asdict(copy) for copy in copies], DUPLICATES), stream)
+    if data.duplicates != "remove":
+        return infos, copies, 0
+    leaks = {(copy.split, copy.id) for copy in copies if copy.leaks}
+    kept = []
+    for info in infos:
+        ids = {name for name, *_ in info["fingerprints"] if (_split(info), name) in leaks}
+        kept.append(leave_out(data.shards, info, ids, data.images_per_group) if ids else info)
+    return kept, copies, len(leaks)
+
+
+def _split(info: dict) -> str:
+    return info["file"].rpartition("-")[0]
+
+
 def _total(split: str, infos: list[dict]) -> dict:
     """A split's part of the manifest."""
     shards = [info for info in infos if info["file"].startswith(f"{split}-")]
     tasks = sum((Counter(shard["tasks"]) for shard in shards), Counter())
-    keys = [key for key in ShardInfo.__annotations__ if key not in ("rejected", "lost")]
+    keys = [key for key in ShardInfo.__annotations__ if key not in ("rejected", "lost", "fingerprints")]
     return {
         "images": sum(shard["images"] for shard in shards),
         "conversations": sum(shard["conversations"] for shard in shards),
@@ -173,6 +210,10 @@ def _print_summary(manifest: dict, rejected: list[dict]) -> None:
         tasks = ", ".join(f"{task} {count}" for task, count in part["tasks"].items())
         print(f"{split}: {part['images']} images, {part['conversations']} conversations ({tasks})")
     reasons = Counter((_general(bad["field"]), _general(bad["reason"])) for bad in rejected)
+    for what, count in manifest["duplicates"].items():
+        print(f"duplicates, {what}: {count}")
+    if manifest["left_out"]:
+        print(f"left out of training and validation: {manifest['left_out']} images that are held out as well")
     print(f"set aside: {len(rejected)}")
     for (field, reason), count in reasons.most_common(20):
         print(f"  {count} x {field}: {reason}", flush=True)

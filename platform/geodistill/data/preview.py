@@ -9,6 +9,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from geodistill.data.duplicates import Copy
 from geodistill.data.files import open_folder, writing
 from geodistill.data.record import ImageRecord
 from geodistill.data.shards import Group, groups, read_group
@@ -109,10 +110,23 @@ def read_some(folder: str, chosen: list[Group], most: int, seed: int = 0) -> lis
     return found[:most]
 
 
-def write_preview(folder: str, manifest: dict, rejected: list[dict], samples: int = 50) -> str:
+def _duplicates(manifest: dict, copies: list[Copy]) -> str:
+    """How many images are there twice, and which of them are held out as well."""
+    if not copies:
+        return '<p class="soft">No image is there twice.</p>'
+    counts = table(["image", "copies"], [[escape(what), f"{n:,}"] for what, n in manifest["duplicates"].items()])
+    leaks = [[escape(c.split), escape(c.id), escape(c.also_in), escape(c.also_as), str(c.bits)] for c in copies if c.leaks]
+    listed = table(["split", "image", "also in", "as", "bits that differ"], leaks[:100]) if leaks else ""
+    fate = "They were left out." if manifest["left_out"] else "data.duplicates=remove leaves them out."
+    text = f'<p class="soft">{len(leaks):,} images are held out as well. {fate}</p>' if leaks else ""
+    return f'<div class="card">{counts}{text}{listed}</div>'
+
+
+def write_preview(folder: str, manifest: dict, rejected: list[dict], copies: list[Copy], samples: int = 50) -> str:
     """Write folder/preview.html and return its path.
 
-    manifest: of the finished shards; rejected: {"field", "reason"} of what was set aside; samples: images drawn.
+    manifest: of the finished shards; rejected: {"field", "reason"} of what was set aside; copies: images that are there twice;
+    samples: images drawn.
     """
     everything = [g for split in manifest["splits"] for g in groups(manifest, split)]
     records = read_some(folder, everything, MOST_READ)
@@ -124,6 +138,7 @@ def write_preview(folder: str, manifest: dict, rejected: list[dict], samples: in
             "Answers": _lengths(records),
             "Boxes": _boxes(records),
             "Set aside": _rejected(rejected),
+            "Images that are there twice": _duplicates(manifest, copies),
             "Samples": _samples(shown),
         }
     notes = [f"source {manifest['source']}; lengths and boxes are of {len(records):,} images of {read:,}, drawn at random."]

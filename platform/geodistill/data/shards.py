@@ -3,12 +3,15 @@
 <shards>/train-00000.parquet   images_per_shard images at most, in row groups of images_per_group: a random mix of the split
          train-00000.json      what is in it, and a digest of what it was made from: an interrupted `prepare` goes on here
          rejected.parquet      records that were set aside: file, record, field, reason
+         duplicates.parquet    images that are there twice, within a split or across
+         preview.html          a look at it
          tokenizer/            learned from the training text, where teacher.model.init does not bring one
          manifest.json         written last: its presence means that the data set is whole
 """
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,7 +19,9 @@ from typing import TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import fs
 
+from geodistill.data.duplicates import fingerprint
 from geodistill.data.files import exists, open_folder, read_json, sha256_of, writing
 from geodistill.data.record import SCHEMA, SCHEMA_VERSION, BadRecord, ImageRecord, validate
 from geodistill.data.sources import Item, Source
@@ -25,7 +30,10 @@ MANIFEST = "manifest.json"
 
 
 class ShardInfo(TypedDict):
-    """What a shard holds. groups: images per row group; lost: raw records that the rejected ones stand for."""
+    """What a shard holds. groups: images per row group; lost: raw records that the rejected ones stand for.
+
+    fingerprints: [id, sha256 of the image, perceptual hash as hexadecimal text] of each image.
+    """
 
     file: str
     images: int
@@ -35,6 +43,7 @@ class ShardInfo(TypedDict):
     sha256: str
     rejected: list[dict[str, str]]
     lost: int
+    fingerprints: list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,7 @@ def write_shard(source: Source, items: Iterable[Item], folder: str | Path, name:
     counts: list[int] = []
     rejected: list[dict[str, str]] = []
     lost = 0
+    fingerprints: list[list[str]] = []
 
     def good_rows() -> Iterator[pa.Table]:
         nonlocal lost
@@ -74,6 +84,7 @@ def write_shard(source: Source, items: Iterable[Item], folder: str | Path, name:
                     set_aside(item, bad)
                 else:
                     tasks.update(conversation.task for conversation in found.conversations)
+                    fingerprints.append(fingerprint(found))
                     yield row
         except Exception as error:  # one image must never stop the others, and image readers raise nearly anything
             unforeseen = BadRecord(item.id, "record", f"cannot be made ({type(error).__name__}: {error})")
@@ -83,10 +94,7 @@ def write_shard(source: Source, items: Iterable[Item], folder: str | Path, name:
         file = str(item.ref.get("file", ""))
         rejected.append({"file": file, "record": bad.record, "field": bad.field, "reason": bad.reason})
 
-    with (
-        writing(files, name) as stream,
-        pq.ParquetWriter(stream, SCHEMA, compression="zstd", use_dictionary=False, write_statistics=False) as writer,
-    ):
+    with _writer(files, name) as writer:
         for rows in batched(good_rows(), images_per_group):
             writer.write_table(pa.concat_tables(rows).combine_chunks(), row_group_size=images_per_group)
             counts.append(len(rows))
@@ -99,6 +107,37 @@ def write_shard(source: Source, items: Iterable[Item], folder: str | Path, name:
         "sha256": sha256_of(files, name),
         "rejected": rejected,
         "lost": lost,
+        "fingerprints": fingerprints,
+    }
+
+
+@contextmanager
+def _writer(files: fs.FileSystem, name: str) -> Iterator[pq.ParquetWriter]:
+    """A Parquet file of records, which appears whole or not at all."""
+    with (
+        writing(files, name) as stream,
+        pq.ParquetWriter(stream, SCHEMA, compression="zstd", use_dictionary=False, write_statistics=False) as writer,
+    ):
+        yield writer
+
+
+def leave_out(folder: str | Path, info: ShardInfo, ids: set[str], images_per_group: int) -> ShardInfo:
+    """Write a shard again without the images `ids`; returns what it holds then."""
+    files = open_folder(folder)
+    with files.open_input_file(info["file"]) as stream:
+        table = pq.read_table(stream)
+    table = table.filter(pa.array([name not in ids for name in table["id"].to_pylist()]))
+    with _writer(files, info["file"]) as writer:
+        writer.write_table(table.combine_chunks(), row_group_size=images_per_group)
+    tasks = Counter(conversation["task"] for row in table["conversations"].to_pylist() for conversation in row)
+    return {
+        **info,
+        "images": len(table),
+        "conversations": tasks.total(),
+        "tasks": dict(sorted(tasks.items())),
+        "groups": [min(images_per_group, len(table) - at) for at in range(0, len(table), images_per_group)],
+        "sha256": sha256_of(files, info["file"]),
+        "fingerprints": [found for found in info["fingerprints"] if found[0] not in ids],
     }
 
 

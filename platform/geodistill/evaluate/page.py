@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from html import escape
 
 from matplotlib.figure import Figure
@@ -25,7 +26,7 @@ h1{font-size:1.7rem;line-height:1.2;margin:0;overflow-wrap:anywhere}h2{font-size
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}caption{text-align:left;padding-bottom:.4rem}
 th,td{padding:.32rem .7rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th:first-child,td:first-child{text-align:left;padding-left:0}
-thead th{vertical-align:bottom}th small{font-weight:400;color:var(--soft)}
+thead th{vertical-align:bottom}th[colspan]{text-align:center}th small{font-weight:400;color:var(--soft)}
 tbody tr:last-child>*{border-bottom:0}.delta td{color:var(--soft)}
 summary{cursor:pointer;font-weight:600}details table{margin-top:.6rem}
 .grid{display:grid;gap:.9rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--min)),1fr))}.grid>*{margin:0}
@@ -53,13 +54,15 @@ def plot(figure: Figure, caption: str, scroll: bool = True) -> str:
     return f'<figure class="card">{body}<figcaption>{escape(caption)}</figcaption></figure>'
 
 
-def table(head: list[str], rows: list[list[str]], css: str = "") -> str:
-    """Cells are HTML already. css: class of the last row."""
+def table(head: list[str], rows: list[list[str]], css: str = "", groups: Sequence[tuple[str, int]] = ()) -> str:
+    """Cells are HTML already. css: class of the last row. groups: a head above: (name, columns), from the second column on."""
     lines = ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
     if css:
         lines[-1] = lines[-1].replace("<tr>", f'<tr class="{css}">', 1)
     header = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    return f'<div class="scroll"><table><thead><tr>{header}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    above = "".join(f'<th scope="colgroup" colspan="{count}">{name}</th>' for name, count in groups)
+    above = f"<tr><td></td>{above}</tr>" if above else ""
+    return f'<div class="scroll"><table><thead>{above}<tr>{header}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
 def picture(data: bytes) -> tuple[str, int, int]:

@@ -202,7 +202,7 @@ def write_report(
     with rc_context(RC):  # type: ignore[arg-type]
         parts = {
             "Metrics": _metrics(scores) if scores else "",
-            **{title: "".join(table.html() for table in tables) for title, tables in (sections or {}).items()},
+            **{title: "".join(table.html() for table in found) for title, found in (sections or {}).items()},
             "Scene confusion": _confusions(scores),
             "Training": _curves(histories),
             "Samples": _samples(samples, counter_clockwise) if samples else "",

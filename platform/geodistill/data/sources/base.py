@@ -100,11 +100,16 @@ class ImageIndex:
     """Every image file below a root, found by its path or else by the stem of its name: published lists name images with
     other extensions or folders than the archives hold."""
 
-    def __init__(self, root: Root):
-        self.paths = set(root.list())
+    def __init__(self, paths: Iterable[str]):
+        self.paths = set(paths)
         self.stems: dict[str, list[str]] = {}
         for path in sorted(self.paths):
             self.stems.setdefault(Path(path).stem, []).append(path)
+
+    def within(self, folders: Iterable[str]) -> "ImageIndex":
+        """The images in a folder of one of these names (lower case), at any depth; all of them where there is none."""
+        inside = [path for path in self.paths if not {part.lower() for part in path.split("/")[:-1]}.isdisjoint(folders)]
+        return ImageIndex(inside) if inside else self
 
     def find(self, name: str) -> str:
         """The path below the root that is meant by `name`. Raises ValueError when there is none, or more than one."""
@@ -144,6 +149,11 @@ def bad_item(data: DataConfig, file: str, bad: BadRecord, split: str = "") -> It
     return Item(split or split_of(data, bad.record), bad.record, ref)
 
 
+def bad_file(data: DataConfig, file: str, error: Exception, split: str = "train") -> Item:
+    """The item of a file of annotations that cannot be read."""
+    return bad_item(data, file, BadRecord(file, "file", str(error)), split)
+
+
 def read_image(root: Root, item: Item, bands: list[int] | None = None) -> tuple[bytes, int, int]:
     """(encoded bytes, width, height in pixels) of an item's file, 8 bits deep; `bands`: see `imagery.displayable`.
 
@@ -173,8 +183,8 @@ def new_record(
     return ImageRecord(item.id, image, width, height, conversations, data.sensor)
 
 
-def read_annotations(data: DataConfig, root: Root) -> list:
-    """The records of the JSON file data.annotations, absolute or below data.root. Raises ValueError with the remedy."""
+def annotations_json(data: DataConfig, root: Root) -> Any:
+    """The JSON of the file data.annotations, absolute or below data.root. Raises ValueError with the remedy."""
     name = data.annotations
     there = Path(name).is_file() if Path(name).is_absolute() else root.find(name) is not None
     if not there:
@@ -182,11 +192,16 @@ def read_annotations(data: DataConfig, root: Root) -> list:
             f"data.annotations={name}: {name} does not exist; give a path that is absolute or below data.root={root.uri}"
         )
     try:
-        records = json.loads(Path(name).read_bytes() if Path(name).is_absolute() else root.read(name))
+        return json.loads(Path(name).read_bytes() if Path(name).is_absolute() else root.read(name))
     except ValueError as error:
         raise ValueError(f"data.annotations={name} is not JSON ({error}); get the file again") from error
+
+
+def read_annotations(data: DataConfig, root: Root) -> list:
+    """The records of the JSON list data.annotations. Raises ValueError with the remedy."""
+    records = annotations_json(data, root)
     if not isinstance(records, list) or not records:
-        raise ValueError(f"data.annotations={name} must hold a JSON list with at least one record")
+        raise ValueError(f"data.annotations={data.annotations} must hold a JSON list with at least one record")
     return records
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from geodistill.config import DataConfig
 from geodistill.data.record import BadRecord, Conversation, ImageRecord
-from geodistill.data.sources.base import ImageIndex, Item, Root, bad_item, clean, new_record, read_image
+from geodistill.data.sources.base import ImageIndex, Item, Root, annotations_json, bad_item, clean, new_record, read_image
 from geodistill.data.sources.class_folders import ASK_CAPTION
 
 _SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
@@ -27,20 +27,21 @@ class Captions:
 
     def items(self) -> list[Item]:
         """One item an image. ValueError: no such JSON file below data.root."""
-        images = ImageIndex(self.root)
+        images = ImageIndex(self.root.list())
         path = self.data.annotations or next(iter(self.root.list((".json",))), "")
         if not path:
             raise ValueError(f"no JSON file below data.root={self.data.root}; set data.root to the folder of dataset_rsicd.json")
-        raw = self.root.json(path)
+        raw = annotations_json(self.data, self.root) if self.data.annotations else self.root.json(path)
         entries = raw.get("images") if isinstance(raw, dict) else None
         if not isinstance(entries, list) or not entries:
-            raise ValueError(f'{self.root.uri}/{path} must hold {{"images": [...]}}; name the right file in data.annotations')
+            raise ValueError(f'{path} must hold {{"images": [...]}}; name the right file in data.annotations')
         found = []
         for i, entry in enumerate(entries):
             entry = entry if isinstance(entry, dict) else {}
             name, split = clean(entry.get("filename")), _SPLITS.get(clean(entry.get("split")), "")
-            said = [clean(s.get("raw")) for s in entry.get("sentences", []) if isinstance(s, dict)]
-            captions = [text for text in said if text]
+            said = entry.get("sentences")
+            captions = [clean(s.get("raw")) for s in said if isinstance(s, dict)] if isinstance(said, list) else []
+            captions = [text for text in captions if text]
             try:
                 for field, good in (("filename", name), ("split", split), ("sentences", captions)):
                     if not good:

@@ -1,5 +1,7 @@
 """Scene data sets stored as root/<Class>/<image>: AID, UCMerced, NWPU-RESISC45, EuroSAT.
 
+Folders that an archive puts above the classes are passed over (UCMerced_LandUse/Images/<class>/<image>).
+
 data.annotations may add human captions and questions: a JSON list of
 {"image": "Class/file.jpg", "captions": [text], "questions": [{"question", "answer", "type"}]}.
 """
@@ -37,14 +39,29 @@ class ClassFolders:
 
     def items(self) -> list[Item]:
         """One item an image, in order of path, then one for each unusable annotation. ValueError: no image, no annotations."""
-        images = [path for path in self.root.list() if path.count("/") == 1]
-        if not images:
+        files = self.root.list()
+        tops = sorted({"/".join(file.split("/")[:-2]) for file in files if "/" in file})
+        if not tops:
             raise ValueError(
                 f"no image found as data.root={self.data.root}/<Class>/<image> ({', '.join(IMAGE_SUFFIXES)}); "
                 "set data.root to the folder that holds one folder a class"
             )
-        refs = {image: {"file": image, "class": class_name(image.split("/")[0])} for image in images}
-        rejected = self._annotate(refs) if self.data.annotations else []
+        top = tops[0]
+        if top and len(tops) > 1:
+            raise ValueError(
+                f"data.root={self.data.root} holds more than one folder of classes ({tops[0]}/<Class>, {tops[1]}/<Class>); "
+                "set data.root to one of them"
+            )
+        above = f"{top}/" if top else ""
+        refs, rejected = {}, []
+        for file in files:
+            image = file.removeprefix(above)
+            if image.count("/") == 1:
+                refs[image] = {"file": file, "class": class_name(image.split("/")[0])}
+            else:
+                reason = f"does not lie as {above}<Class>/<image>, so its class is not known"
+                rejected.append(bad_item(self.data, file, BadRecord(image, "image", reason)))
+        rejected += self._annotate(refs) if self.data.annotations else []
         return [Item(split_of(self.data, image), image, ref) for image, ref in refs.items()] + rejected
 
     def _annotate(self, refs: dict[str, dict]) -> list[Item]:

@@ -1,55 +1,73 @@
-"""COCO: a JSON of images, annotations and categories (data.annotations) over image files; `bbox` [x, y, w, h] in pixels.
+"""COCO: JSON files of images, annotations and categories over image files; `bbox` [x, y, w, h] in pixels.
 
-A `segmentation` polygon of four points is read as an oriented box. The annotations of a crowd are left out.
+Read are data.annotations, or every instances_*.json below data.root, or the first JSON file there. A folder of the image
+named train, val or test (train2017) gives the split; otherwise a hash does. A `segmentation` polygon of four points is read
+as an oriented box. The annotations of a crowd are left out.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from geodistill.config import DataConfig
 from geodistill.data.record import BadRecord
-from geodistill.data.sources.base import ImageIndex, Item, bad_item, clean, split_of
-from geodistill.data.sources.detection import DetectionSource, Object
+from geodistill.data.sources.base import ImageIndex, Item, annotations_json, bad_file, bad_item, clean, split_of
+from geodistill.data.sources.detection import DetectionSource, Object, folder_split, kind_of
 
 
 class Coco(DetectionSource):
-    def __init__(self, data: DataConfig):
-        super().__init__(data)
-        self.file = data.annotations or next(iter(self.root.list((".json",))), "")
-        if not self.file:
-            raise ValueError(f"no JSON file below data.root={data.root}; name it in data.annotations")
-
     def items(self) -> list[Item]:
-        """One item an image, with its objects. ValueError: the file is no COCO JSON."""
-        raw = self.root.json(self.file)
-        if not isinstance(raw, dict) or not all(isinstance(raw.get(k), list) for k in ("images", "annotations", "categories")):
+        """One item an image, with its objects. ValueError: there is no COCO JSON."""
+        named, every = self.data.annotations, self.root.list((".json",))
+        files = [named] if named else [p for p in every if p.rpartition("/")[2].startswith("instances")] or every[:1]
+        if not files:
+            raise ValueError(f"no JSON file below data.root={self.data.root}; name it in data.annotations")
+        images = ImageIndex(self.root.list())
+        found: list[Item] = []
+        unread: list[Item] = []
+        for file in files:
+            try:
+                found += self._items(file, annotations_json(self.data, self.root) if named else self.root.json(file), images)
+            except ValueError as error:
+                unread.append(bad_file(self.data, file, error))
+        if not found:
             raise ValueError(
-                f"{self.file} holds no lists images, annotations and categories; name the right file in data.annotations"
+                unread[0].ref["reason"] if unread else f"{files[0]} lists no image; name another in data.annotations"
             )
-        kinds = {c.get("id"): clean(c.get("name")) for c in raw["categories"]}
-        objects: dict[Any, list[dict]] = defaultdict(list)
+        return found + unread
+
+    def _items(self, file: str, raw: Any, images: ImageIndex) -> list[Item]:
+        if not isinstance(raw, dict) or not all(isinstance(raw.get(k), list) for k in ("images", "annotations", "categories")):
+            raise ValueError(f"{file} holds no lists images, annotations and categories; name the right file in data.annotations")
+        kinds = {str(c.get("id")): kind_of(clean(c.get("name"))) for c in raw["categories"] if isinstance(c, dict)}
+        objects: dict[str, list[dict]] = defaultdict(list)
         for one in raw["annotations"]:
+            one = one if isinstance(one, dict) else {}
             if not one.get("iscrowd"):
-                kept = {"kind": kinds.get(one.get("category_id"), ""), "bbox": one.get("bbox"), "shape": one.get("segmentation")}
-                objects[one.get("image_id")].append(kept)
-        images, found = ImageIndex(self.root), []
+                kept = {"kind": kinds.get(str(one.get("category_id")), "")} | {k: one.get(k) for k in ("bbox", "segmentation")}
+                objects[str(one.get("image_id"))].append(kept)
+        found = []
         for i, entry in enumerate(raw["images"]):
-            name = clean(entry.get("file_name"))
+            entry = entry if isinstance(entry, dict) else {}
+            name, mine = clean(entry.get("file_name")), objects.pop(str(entry.get("id")), [])
             try:
                 if not name:
                     raise BadRecord(f"images[{i}]", "file_name", "is missing or empty")
                 image = images.find(name)
-                found.append(Item(split_of(self.data, image), image, {"file": image, "objects": objects[entry.get("id")]}))
+                ref = {"file": image, "objects": mine}
+                found.append(Item(folder_split(image) or split_of(self.data, image), image, ref))
             except ValueError as error:
                 bad = error if isinstance(error, BadRecord) else BadRecord(name, "file_name", str(error))
-                found.append(bad_item(self.data, self.file, bad))
+                found.append(bad_item(self.data, file, bad))
+        for image, left in objects.items():
+            reason = f"{image} is in none of the images: {len(left)} annotations are lost"
+            found.append(bad_item(self.data, file, BadRecord(f"image {image}", "image_id", reason)))
         return found
 
     def objects(self, item: Item, width: int, height: int) -> Iterator[Object | BadRecord]:
         """The objects of an image; one without a category or a box is set aside."""
         for i, one in enumerate(item.ref["objects"]):
-            shape = one["shape"][0] if isinstance(one["shape"], list) and one["shape"] else None
+            shapes = one["segmentation"]
+            shape = shapes[0] if isinstance(shapes, list) and shapes else None
             try:
                 if not one["kind"]:
                     raise ValueError("category_id is not in categories")

@@ -1,11 +1,14 @@
 """Detection data sets -> instructions: what their sources share, from a list of objects to tiles, phrases and questions.
 
 Size: an object is "large" ("small") if its area is at least 1.5 times (at most 1/1.5 of) the median of its kind in the tile,
-and its kind is there more than once. Place: the third of the tile, across and down, in which its centre lies.
+and its kind is there more than once and has no such word in its name ("small vehicle").
+Place: the third of the tile, across and down, in which its centre lies: "top left", ..., "center", ..., "bottom right".
 A tile shows an object whole, or cut to the part inside if that is data.min_visible of its area or more, or not at all.
 """
 
+import math
 import random
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -24,6 +27,16 @@ LARGE = 1.5
 MOST_ASKED = 4  # referring and region questions of a tile, each
 MOST_GROUNDED = 5  # boxes in one grounded description
 _DOWN, _ACROSS = ("top", "", "bottom"), ("left", "", "right")
+_SPLIT_FOLDER = re.compile(r"(train|val|test)(id|idation)?(\d{4})?")
+_JOINED = {
+    "baseballfield": "baseball field",
+    "basketballcourt": "basketball court",
+    "golffield": "golf field",
+    "groundtrackfield": "ground track field",
+    "storagetank": "storage tank",
+    "tenniscourt": "tennis court",
+    "trainstation": "train station",
+}  # DIOR writes two words as one
 
 
 @dataclass(frozen=True)
@@ -61,25 +74,35 @@ class DetectionSource:
         """The objects of an image of width x height pixels; a BadRecord for what cannot be read. May raise BadRecord."""
         raise NotImplementedError
 
-    def items_of(self, images: list[str], labels: dict[str, str], split: Callable[[str], str]) -> list[Item]:
-        """One item an image that has a label file, in order of path. `labels`: stem of an image -> label file.
+    def items_of(self, images: list[str], labels: list[str], split: Callable[[str], str]) -> list[Item]:
+        """One item an image, in order of path; `labels`: the annotation files, of which an image has that of its own stem.
 
-        split: path of an image -> its split, or "" where a hash decides.
-
-        Raises ValueError where no image has one; an image without labels is set aside.
+        Of several the one whose folders are most like the image's is taken. split: path of an image -> its split, or ""
+        where a hash decides. Raises ValueError where no image has a file; an image without one is set aside.
         """
+        by_stem = defaultdict(list)
+        for path in labels:
+            by_stem[stem_of(path)].append(path)
         found = []
         for image in images:
-            stem = image.rpartition("/")[2].rpartition(".")[0]
-            ref = {"file": image, "labels": labels[stem]} if stem in labels else {
-                "file": image, "field": "labels", "reason": "has no annotation file of its name"}  # fmt: skip
-            found.append(Item(split(image) or split_of(self.data, image), image, ref))
+            found.append(Item(split(image) or split_of(self.data, image), image, _label(image, by_stem[stem_of(image)])))
         if not any("labels" in item.ref for item in found):
             raise ValueError(
                 f"none of the {len(images)} images ({', '.join(IMAGE_SUFFIXES)}) below data.root={self.root.uri} has one of the "
                 f"{len(labels)} annotation files: set data.root to the folder that holds both"
             )
         return found
+
+    def labels(self, item: Item) -> bytes:
+        """The annotation file of an item. Raises BadRecord."""
+        try:
+            return self.root.read(item.ref["labels"])
+        except OSError as error:
+            raise BadRecord(item.id, "labels", f"{item.ref['labels']} cannot be read ({error})") from error
+
+    def lines(self, item: Item) -> list[str]:
+        """The lines of its annotation file. Raises BadRecord."""
+        return self.labels(item).decode("utf-8-sig", "replace").splitlines()
 
     def make(self, item: Item) -> Iterator[ImageRecord | BadRecord]:
         """A record for every tile that shows an object; a BadRecord for each object that cannot be used."""
@@ -93,11 +116,12 @@ class DetectionSource:
                 yield BadRecord(item.id, f"objects[{i}]", reason)
             elif isinstance(found, Object):
                 objects.append((i, found))
-        if not objects:
-            raise BadRecord(item.id, "objects", "is empty: there is nothing to ask for")
+        if all(found.difficult for _, found in objects):
+            raise BadRecord(item.id, "objects", "is empty or all difficult: there is nothing to ask for")
         side = self.data.tile
         places = tiles(width, height, side, self.data.tile_overlap) if side and max(width, height) > side else []
         picture = open_image(image, item.id) if places else None
+        made = False
         for place in places or [(0, 0, width, height)]:
             seen: list[Seen] = []
             for i, found in objects:
@@ -115,20 +139,48 @@ class DetectionSource:
             kinds = ask(describe(seen), random.Random(f"{self.data.seed}/{name}"), self.data.horizontal, self.data.max_boxes)
             shot = encode(picture.crop(place)) if picture else image
             size = (place[2] - place[0], place[3] - place[1])
+            made = True
             yield new_record(self.data, replace(item, id=name), shot, *size, kinds)
+        if not made:
+            raise BadRecord(item.id, "objects", f"show less than data.min_visible={self.data.min_visible} of their area")
+
+
+def stem_of(path: str) -> str:
+    """ "train/images/P0001.png" -> "P0001"."""
+    return path.rpartition("/")[2].rpartition(".")[0]
 
 
 def folder_split(path: str) -> str:
-    """The split that a folder above a file names (train, val or valid, test), or ""."""
-    names = [name.lower() for name in path.split("/")[:-1]]
-    return next((split for name in names for split in ("train", "val", "test") if name == split or name == f"{split}id"), "")
+    """The split that a folder above a file names (train, val, valid, validation, test, train2017, ...), or ""."""
+    named = (_SPLIT_FOLDER.fullmatch(part.lower()) for part in path.split("/")[:-1])
+    return next((match[1] for match in named if match), "")
+
+
+def kind_of(name: str) -> str:
+    """A data set's name of a class as words: "small-vehicle", "tenniscourt", "Dry-Cargo-Ship", but "Boeing737"."""
+    words = re.sub(r"[-_\s]+", " ", name).strip().split(" ")
+    text = " ".join(word if re.search(r"\d", word) else word.lower() for word in words)
+    return _JOINED.get(text, text)
+
+
+def _label(image: str, labels: list[str]) -> dict[str, str]:
+    """The ref of an image, with the annotation file, of those with its stem, whose folders are most like its own."""
+    here = {part.lower() for part in image.split("/")[:-1]}
+    alike = {path: len(here & {part.lower() for part in path.split("/")[:-1]}) for path in labels}
+    best = [path for path in labels if alike[path] == max(alike.values())]
+    if len(best) == 1:
+        return {"file": image, "labels": best[0]}
+    reason = f"may be {best[0]!r} or {best[1]!r}: keep one below data.root" if best else "has no annotation file of its name"
+    return {"file": image, "field": "labels", "reason": reason}
 
 
 def _unusable(found: Object) -> str | None:
-    shape = Polygon(found.corners) if len(found.corners) >= 3 else None
-    if shape is None or not shape.is_valid or shape.area < 1:
-        return f"{found.kind} with corners {[tuple(round(v) for v in c) for c in found.corners]} encloses no area"
-    return None
+    if all(math.isfinite(v) for corner in found.corners for v in corner):
+        shape = Polygon(found.corners)
+        if shape.is_valid and shape.area >= 1:
+            return None
+    corners = ", ".join(f"({x:.0f}, {y:.0f})" for x, y in found.corners)
+    return f"{found.kind} with corners {corners} encloses no area"
 
 
 def tiles(width: int, height: int, side: int, overlap: int) -> list[tuple[int, int, int, int]]:
@@ -177,17 +229,21 @@ def describe(seen: list[Seen]) -> list[Seen]:
         areas[s.kind].append(s.area)
 
     def size(s: Seen) -> str:
+        if len(areas[s.kind]) == 1 or s.kind.startswith(("small ", "large ")):
+            return ""
         middle = median(areas[s.kind])
-        if len(areas[s.kind]) > 1 and s.area >= LARGE * middle:
-            return "large"
-        return "small" if len(areas[s.kind]) > 1 and s.area <= middle / LARGE else ""
+        return "large" if s.area >= LARGE * middle else "small" if s.area <= middle / LARGE else ""
 
     return [replace(s, size=size(s)) for s in seen]
 
 
 def plural(kind: str, count: int) -> str:
     """ "1 ship", "3 ships"."""
-    return f"{count} {kind}" + ("" if count == 1 else "es" if kind.endswith(("s", "sh", "ch", "x")) else "s")
+    if count == 1 or kind.endswith("craft"):
+        return f"{count} {kind}"
+    if re.search(r"[^aeiou]y$", kind):
+        return f"{count} {kind[:-1]}ies"
+    return f"{count} {kind}" + ("es" if kind.endswith(("s", "sh", "ch", "x")) else "s")
 
 
 def ask(seen: list[Seen], rng: random.Random, horizontal: bool, most: int) -> list[Conversation]:
@@ -198,7 +254,7 @@ def ask(seen: list[Seen], rng: random.Random, horizontal: bool, most: int) -> li
         alike[s.phrase].append(s)
         by_place[s.kind, s.place].append(s)
         by_kind[s.kind].append(s)
-    found = []
+    found: list[Conversation] = []
     for s in rng.sample(sure, len(sure)):
         if len(alike[s.phrase]) == 1 and len(found) < MOST_ASKED:
             question = rng.choice((f"{REFER} where is <p>{s.phrase}</p>?", f"{REFER} give the location of <p>{s.phrase}</p>."))
@@ -212,7 +268,8 @@ def ask(seen: list[Seen], rng: random.Random, horizontal: bool, most: int) -> li
         found.append(Conversation("region_captioning", [(question, f"1 {s.phrase}")], "identify"))
     if len(seen) == len(sure) <= MOST_GROUNDED:
         parts = [f"<p>{plural(k, len(v))}</p> {format_boxes([s.box for s in v])}" for k, v in by_kind.items()]
-        text = "There " + ("is " if len(seen) == 1 else "are ") + " and ".join(parts) + "."
+        listed = " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+        text = f"There {'is' if len(next(iter(by_kind.values()))) == 1 else 'are'} {listed}."
         found.append(Conversation("grounded_captioning", [(f"{GROUNDING} describe the image in detail.", text)], "grounding"))
     how = "horizontal" if horizontal else "oriented"
     for kind, group in by_kind.items():

@@ -70,7 +70,7 @@ class Llava:
 
     def items(self) -> list[Item]:
         """One item an image with all its conversations, in order of path, then one for each unusable record."""
-        images = ImageIndex(self.root)
+        images = ImageIndex(self.root.list())
         raws = read_annotations(self.data, self.root)
         found: dict[str, list] = defaultdict(list)
         rejected = []

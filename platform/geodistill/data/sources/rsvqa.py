@@ -1,8 +1,9 @@
 """RSVQA, low and high resolution, as published: <prefix>_split_<split>_{questions,answers,images}.json over image files.
 
-LR_split_train_questions.json, ... with <img_id>.tif; USGS_split_train_*, USGS_split_test_* and USGS_split_test_phili_* with
-<img_id>.png. The three files are joined by id; what is not "active" is left out, as in the published loader. Both test
-sets of the high resolution become the split test, told apart by the category: "presence", "phili presence".
+LR_split_{train,val,test}_* with Images_LR/<img_id>.tif; USGS_split_{train,val,test,test_phili}_* with Data/<img_id>.tif. The
+three files are joined by id; what is not "active" belongs to another split or was withdrawn, and is left out, as in the
+published loader. Both test sets of the high resolution become the split test, told apart by the category: "presence",
+"phili presence".
 """
 
 import re
@@ -10,11 +11,28 @@ from collections.abc import Iterator
 
 from geodistill.config import DataConfig
 from geodistill.data.record import BadRecord, Conversation, ImageRecord
-from geodistill.data.sources.base import ImageIndex, Item, Root, bad_item, clean, new_record, read_image
+from geodistill.data.sources.base import ImageIndex, Item, Root, bad_file, bad_item, clean, new_record, read_image
 from geodistill.language import SHORT_ANSWER
 
-_FILE = re.compile(r"(?P<stem>.*_split_(?P<split>train|val|test)(?P<part>_phili)?)_questions\.json")
-_TYPES = {"comp": "comparison"}
+QUESTIONS = re.compile(r"(?P<stem>(.*/)?(?P<prefix>\w+)_split_(?P<split>train|val|test)(?P<part>_phili)?)_questions\.json")
+FOLDERS = {"LR": ("images_lr", "lrben", "lr"), "USGS": ("data", "hrben", "hr")}  # where the images of a prefix lie, if there
+TYPES = {"comp": "comparison"}
+
+
+def entries(root: Root, path: str, key: str) -> dict[int, dict]:
+    """The active entries of one of the JSON files, by id. Raises ValueError, with the remedy, where it is no such file."""
+    raw = root.json(path)
+    listed = raw.get(key) if isinstance(raw, dict) else None
+    if not isinstance(listed, list):
+        raise ValueError(f'{root.uri}/{path} must hold {{"{key}": [...]}}; get the file again')
+    return {e["id"]: e for e in listed if isinstance(e, dict) and isinstance(e.get("id"), int) and e.get("active")}
+
+
+def answer_of(question: dict, answers: dict[int, dict]) -> str:
+    """The first active answer to a question; "" where there is none."""
+    ids = question.get("answers_ids")
+    found = (clean(answers[i].get("answer")) for i in ids if isinstance(i, int) and i in answers) if isinstance(ids, list) else ()
+    return next(iter(found), "")
 
 
 class Rsvqa:
@@ -22,57 +40,50 @@ class Rsvqa:
         self.data, self.root = data, Root(data)
 
     def items(self) -> list[Item]:
-        """One item an image and split, with all its questions. ValueError: no split file below data.root."""
-        images = ImageIndex(self.root)
+        """One item an image and split, with all its questions. ValueError: no split can be read."""
+        images = ImageIndex(self.root.list())
         found: list[Item] = []
-        for path in self.root.list((".json",)):
-            match = _FILE.fullmatch(path)
-            if match:
-                found += self._split(match["stem"], match["split"], match["part"] or "", images)
+        unread: list[Item] = []
+        for match in filter(None, map(QUESTIONS.fullmatch, self.root.list((".json",)))):
+            try:
+                found += self._split(match, images.within(FOLDERS.get(match["prefix"], ())))
+            except ValueError as error:
+                unread.append(bad_file(self.data, match[0], error))
         if not found:
+            why = f" ({unread[0].ref['reason']})" if unread else ""
             raise ValueError(
-                f"no LR_split_train_questions.json or the like below data.root={self.data.root}; set data.root to the folder "
-                "that holds the published JSON files and the images"
+                f"no LR_split_train_questions.json or the like below data.root={self.data.root} can be read{why}; set data.root "
+                "to the folder that holds the published JSON files and the images"
             )
-        return found
+        return found + unread
 
-    def _split(self, stem: str, split: str, part: str, images: ImageIndex) -> list[Item]:
-        asked = self._entries(f"{stem}_questions.json", "questions")
-        answers = self._entries(f"{stem}_answers.json", "answers")
-        shown = self._entries(f"{stem}_images.json", "images")
+    def _split(self, match: re.Match, images: ImageIndex) -> list[Item]:
+        stem, split, part = match["stem"], match["split"], (match["part"] or "").strip("_")
+        asked, answers, shown = (entries(self.root, f"{stem}_{key}.json", key) for key in ("questions", "answers", "images"))
         by_image: dict[int, list[list[str]]] = {}
         bad: list[Item] = []
         for number, question in asked.items():
-            texts = [clean(answers[i].get("answer")) for i in question.get("answers_ids", []) if i in answers]
-            where = f"{stem}_questions.json"
-            image = question.get("img_id")
-            if image not in shown:
-                reason = BadRecord(f"question {number}", "img_id", f"{image} is no active image of {stem}_images.json")
-                bad.append(bad_item(self.data, where, reason, split))
-            elif not texts or not texts[0]:
-                reason = BadRecord(f"question {number}", "answers_ids", f"has no active answer in {stem}_answers.json")
-                bad.append(bad_item(self.data, where, reason, split))
+            image, text, answer = question.get("img_id"), clean(question.get("question")), answer_of(question, answers)
+            if not isinstance(image, int) or image not in shown:
+                wrong = "img_id", f"{image} is no active image of {stem}_images.json"
+            elif not text:
+                wrong = "question", "is missing or empty"
+            elif not answer:
+                wrong = "answers_ids", f"has no active answer in {stem}_answers.json"
             else:
                 kind = clean(question.get("type"))
-                category = f"{part.strip('_')} {_TYPES.get(kind, kind)}".strip()
-                by_image.setdefault(image, []).append([clean(question.get("question")), texts[0], category])
+                by_image.setdefault(image, []).append([text, answer, f"{part} {TYPES.get(kind, kind)}".strip()])
+                continue
+            bad.append(bad_item(self.data, f"{stem}_questions.json", BadRecord(f"question {number}", *wrong), split))
         found = []
         for image, questions in sorted(by_image.items()):
             name = f"{stem.rpartition('/')[2]}/{image}"
             try:
-                ref = {"file": images.find(str(image)), "questions": questions}
+                ref = {"file": images.find(f"{image}.tif"), "questions": questions}
             except ValueError as error:
                 ref = {"file": f"{stem}_images.json", "field": f"images[{image}]", "reason": str(error)}
             found.append(Item(split, name, ref, len(questions)))
         return found + bad
-
-    def _entries(self, path: str, key: str) -> dict[int, dict]:
-        """The active entries of a file, by id."""
-        raw = self.root.json(path)
-        listed = raw.get(key) if isinstance(raw, dict) else None
-        if not isinstance(listed, list):
-            raise ValueError(f'{self.root.uri}/{path} must hold {{"{key}": [...]}}; get the file again')
-        return {entry["id"]: entry for entry in listed if isinstance(entry, dict) and "id" in entry and entry.get("active")}
 
     def make(self, item: Item) -> Iterator[ImageRecord]:
         """One image and its questions. Raises BadRecord."""

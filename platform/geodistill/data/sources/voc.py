@@ -3,29 +3,17 @@
 DIOR: <object><name/><bndbox><xmin/>...</bndbox></object>; DIOR-R: <robndbox><x_left_top/><y_left_top/>...</robndbox>, the
 files below "Horizontal Bounding Boxes" and "Oriented Bounding Boxes"; FAIR1M: <objects><object><possibleresult><name/>
 </possibleresult><points><point>x,y</point>...</points></object></objects>, where points may be negative.
-ImageSets/*/{train,val,test}.txt, or a folder of that name, gives the split; otherwise a hash does.
+{train,val,test}.txt below ImageSets or Main, or a folder of that name, gives the split; otherwise a hash does.
 """
 
-import re
 from collections.abc import Iterator
 from xml.etree import ElementTree
 
 from geodistill.data.record import BadRecord
 from geodistill.data.sources.base import Item
-from geodistill.data.sources.detection import DetectionSource, Object, folder_split
+from geodistill.data.sources.detection import DetectionSource, Object, folder_split, kind_of, stem_of
 
 _CORNERS = ("left_top", "right_top", "right_bottom", "left_bottom")
-_KINDS = {
-    "Expressway-Service-area": "expressway service area",
-    "Expressway-toll-station": "expressway toll station",
-    "baseballfield": "baseball field",
-    "basketballcourt": "basketball court",
-    "golffield": "golf field",
-    "groundtrackfield": "ground track field",
-    "storagetank": "storage tank",
-    "tenniscourt": "tennis court",
-    "trainstation": "train station",
-}  # DIOR's names as words
 
 
 def _numbers(parent: ElementTree.Element, names: list[str]) -> list[float]:
@@ -41,36 +29,32 @@ class VocXml(DetectionSource):
 
     def items(self) -> list[Item]:
         """One item an image. ValueError: no image with an annotation file."""
-        wanted = "horizontal" if self.data.horizontal else "oriented"
-        labels: dict[str, str] = {}
-        for path in self.root.list((".xml",)):
-            stem = path.rpartition("/")[2].rpartition(".")[0]
-            if stem not in labels or wanted in path.lower():
-                labels[stem] = path
+        every, word = self.root.list((".xml",)), "horizontal" if self.data.horizontal else "oriented"
+        wanted = [path for path in every if word in path.lower()]
+        have = set(map(stem_of, wanted))
         listed: dict[str, str] = {}
-        for path in self.root.list((".txt",), "ImageSets"):
-            split = path.rpartition("/")[2].removesuffix(".txt")
-            if split in ("train", "val", "test"):
-                listed |= dict.fromkeys(self.root.text(path).split(), split)
+        for path in self.root.list((".txt",)):
+            if stem_of(path) in ("train", "val", "test") and not {"imagesets", "main"}.isdisjoint(path.lower().split("/")):
+                listed |= dict.fromkeys(self.root.read(path).decode(errors="replace").split(), stem_of(path))
 
         def split(path: str) -> str:
-            return listed.get(path.rpartition("/")[2].rpartition(".")[0], "") or folder_split(path)
+            return listed.get(stem_of(path), "") or folder_split(path)
 
-        return self.items_of(self.root.list(), labels, split)
+        return self.items_of(self.root.list(), wanted + [path for path in every if stem_of(path) not in have], split)
 
     def objects(self, item: Item, width: int, height: int) -> Iterator[Object | BadRecord]:
         """The objects of a file; one without a name or a box is set aside."""
         try:
-            tree = ElementTree.fromstring(self.root.read(item.ref["labels"]))
-        except ElementTree.ParseError as error:
+            tree = ElementTree.fromstring(self.labels(item))
+        except (ElementTree.ParseError, ValueError) as error:
             raise BadRecord(item.id, "labels", f"{item.ref['labels']} is not XML ({error})") from error
         for i, node in enumerate(tree.iter("object")):
             try:
                 name = (node.findtext("name") or node.findtext("possibleresult/name") or "").strip()
                 if not name:
                     raise ValueError("<name> is missing")
-                kind = _KINDS.get(name, re.sub(r"[-_]+", " ", name).lower() if name.islower() else re.sub(r"[-_]+", " ", name))
-                yield Object(kind, self._corners(node), (node.findtext("difficult") or "0").strip() not in ("0", ""))
+                difficult = (node.findtext("difficult") or "0").strip() not in ("0", "")
+                yield Object(kind_of(name), self._corners(node), difficult)
             except ValueError as error:
                 yield BadRecord(item.id, f"object[{i}]", str(error))
 

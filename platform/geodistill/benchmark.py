@@ -1,0 +1,244 @@
+"""What the project costs on this machine: measurements that return plain dicts. Linux; one machine.
+
+`measure_data`: the stream of the trainer against a plain loop over the same images, its memory, and what training waits for it.
+Per core means: by CPU time of the data processes, everything that Ray does in them included; wall time is told beside it.
+"""
+
+import io
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import ray
+from PIL import Image
+
+from geodistill.config import Config, DataConfig, ModelConfig
+from geodistill.data import synthetic
+from geodistill.data.files import absolute_path
+from geodistill.data.prepare import prepare
+from geodistill.data.record import ImageRecord, open_image
+from geodistill.data.shards import groups, load_manifest, read_group
+from geodistill.data.stream import CLIP_MEAN, PackerSpec, new_packer, square, stream
+from geodistill.language import IMAGE
+
+SIDE = 512  # pixels of a generated photograph
+DISTINCT = 256  # of them differ; the others are the same bytes under other names
+QUESTIONS = 3  # of each, about as many as GeoChat_Instruct has
+SIZES = (64, 504)  # pixels that the model sees: the demo's, GeoChat's
+PLAIN = 400  # images of the plain loop
+TARGETS = {"ratio": 0.9, "growth_mb": 200.0, "data_wait": 0.05}
+
+
+def make_photos(folder: Path, images: int) -> None:
+    """A data set in LLaVA's layout: `images` JPEGs of SIDE pixels, generated scenes with the noise of a sensor on them."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rng, entries, said = np.random.default_rng(0), [], []
+    for i in range(images):
+        file = folder / f"images/{i:06d}.jpg"
+        if i < DISTINCT:
+            _, scene, conversations = synthetic.make_scene(0, "train", i)
+            pixels = np.asarray(scene.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.int16)
+            pixels = pixels + rng.integers(-16, 17, (SIDE, SIDE, 1), np.int16)
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, quality=85)
+            said.append([c.turns[0] for c in conversations[:QUESTIONS]])
+        else:
+            file.unlink(missing_ok=True)
+            os.link(folder / f"images/{i % DISTINCT:06d}.jpg", file)
+        for question, answer in said[i % DISTINCT]:
+            talk = [{"from": "human", "value": f"{IMAGE}\n{question}"}, {"from": "gpt", "value": answer}]
+            entries.append({"id": str(len(entries)), "image": file.name, "conversations": talk})
+    (folder / "annotations.json").write_text(json.dumps(entries))
+
+
+def prepared_photos(config: Config, images: int) -> Config:
+    """About 11 * `images` photographs through the real `prepare`, a tenth as many in split val as in split train."""
+    folder = Path(absolute_path(config.run)) / f"benchmark/photos-{11 * images}"
+    data = DataConfig(
+        source="llava",
+        root=str(folder / "images"),
+        annotations=str(folder / "annotations.json"),
+        shards=str(folder / "data"),
+        val_fraction=1 / 11,
+        test_fraction=0.0,
+        images_per_group=config.data.images_per_group,
+        images_per_shard=config.data.images_per_shard,
+    )
+    if not (folder / "annotations.json").exists():
+        print(f"[benchmark] drawing {min(DISTINCT, 11 * images)} photographs in {folder}", flush=True)
+        make_photos(folder, 11 * images)
+    config = replace(config, data=data, teacher=replace(config.teacher, model=ModelConfig()))
+    prepare(config, parallel=True)
+    return config
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
+    """(result, wall seconds, CPU seconds of this thread)."""
+    wall, cpu = time.perf_counter(), time.thread_time()
+    found = work()
+    return found, time.perf_counter() - wall, time.thread_time() - cpu
+
+
+def plain_loop(images: list[bytes], size: int) -> None:
+    """What anyone would write with PIL: open, convert, pad, resize."""
+    colour = tuple(int(255 * c) for c in CLIP_MEAN)
+    for data in images:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        if image.width != image.height:
+            side = max(image.size)
+            padded = Image.new("RGB", (side, side), colour)
+            padded.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+            image = padded
+        image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+class Watch:
+    """CPU time and memory of this process and of the local Ray, sampled twice a second inside a `with`.
+
+    worker_cpu, own_cpu: CPU seconds of the processes that run data tasks, and of this one. peak: bytes of all processes, each
+    shared page counted once (PSS), so the object store is in it; store: bytes of the object store that have been touched.
+    """
+
+    def __init__(self) -> None:
+        session = ray.get_runtime_context().get_session_name()
+        self.raylet = next(
+            p for p in psutil.process_iter(["name", "cmdline"]) if p.info["name"] == "raylet" and session in str(p.info["cmdline"])
+        )
+        self.me = psutil.Process()
+        self.cpu: dict[int, float] = {}
+        self.peak = self.store = 0
+        self.end = threading.Event()
+
+    def _sample(self) -> None:
+        total = 0
+        for process in (self.me, self.raylet, *self.raylet.children()):
+            with suppress(psutil.NoSuchProcess, IndexError):  # ended meanwhile
+                total += process.memory_full_info().pss
+                if process.cmdline()[0].startswith(("ray::Map", "ray::IDLE")):
+                    self.cpu[process.pid] = sum(process.cpu_times()[:2])
+        self.peak = max(self.peak, total)
+        self.store = max(self.store, self.raylet.memory_info().shared)
+
+    def _run(self) -> None:
+        while not self.end.wait(0.5):
+            self._sample()
+
+    def __enter__(self) -> "Watch":
+        self._sample()
+        self.before, self.own = dict(self.cpu), sum(self.me.cpu_times()[:2])
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end.set()
+        self.thread.join()
+        self._sample()
+        self.worker_cpu = sum(seconds - self.before.get(pid, 0.0) for pid, seconds in self.cpu.items())
+        self.own_cpu = sum(self.me.cpu_times()[:2]) - self.own
+
+
+def read_stream(config: Config, split: str, spec: PackerSpec) -> dict[str, float]:
+    """Read the whole of a split once through the trainer's stream, and drop it: seconds and bytes of that."""
+    found = load_manifest(config.data.shards)["splits"][split]["images"]
+    train = replace(config.student.train, splits=[split], steps=found // config.student.train.images_per_step, augment=False)
+    with Watch() as watch:
+        batches = stream(config, [split], train, spec, config.seed, rank=0, world=1, start=0)
+        images, wall, _ = timed(lambda: sum(len(batch.ids) for batch in batches))
+    print(f"[benchmark] {spec.image_size} px: {images} images in {wall:.0f} s, {watch.peak / 1e6:.0f} MB", flush=True)
+    seconds = {"wall": wall, "worker_cpu": watch.worker_cpu, "own_cpu": watch.own_cpu}
+    return {"images": images, **seconds, "peak": watch.peak, "store": watch.store}
+
+
+def split_cost(config: Config, spec: PackerSpec) -> dict[str, float]:
+    """CPU milliseconds an image of the parts of a data task, and of the plain loop (with its wall time), in this process."""
+    folder, packer = config.data.shards, new_packer(spec)
+    some = groups(load_manifest(folder), "train")[: max(1, PLAIN // config.data.images_per_group)]
+
+    def read() -> list[ImageRecord]:
+        return [record for group in some for record in read_group(folder, group)]
+
+    records = read()
+    images = [record.image for record in records]
+    plain_loop(images[:20], spec.image_size)
+    parts: dict[str, Callable[[], Any]] = {
+        "plain": lambda: plain_loop(images, spec.image_size),
+        "read": read,
+        "tokens": lambda: [packer.questions(r.id, r.conversations) for r in records] and None,
+        "decode": lambda: [square(open_image(r.image, r.id), spec.image_size)[0, 0, 0] for r in records] and None,
+    }
+    costs = {}
+    for name, work in parts.items():
+        _, wall, cpu = min((timed(work) for _ in range(3)), key=lambda cost: cost[2])
+        costs[name] = 1000 * cpu / len(records)
+        if name == "plain":
+            costs["plain_wall"] = 1000 * wall / len(records)
+    return costs
+
+
+def measure_stream(config: Config, size: int) -> dict[str, float]:
+    """Rates, ratios, cost of the parts and growth of memory of the stream at `size` pixels. Rates: images/s; costs: ms/image."""
+    spec = PackerSpec(
+        f"{config.data.shards}/tokenizer", IMAGE, 16, size, config.student.train.max_response, config.student.train.questions_per_row
+    )
+    once, tenfold = (read_stream(config, split, spec) for split in ("val", "train"))
+    costs = split_cost(config, spec)
+    images, tasks = tenfold["images"], min(config.cluster.data_tasks, os.cpu_count() or 1)
+    task = 1000 * tenfold["worker_cpu"] / images
+    wall = 1000 * tasks * tenfold["wall"] / images
+    return {
+        "plain_rate": 1000 / costs["plain"],
+        "rate": 1000 / task,
+        "ratio": costs["plain"] / (task - costs["tokens"]),
+        "ratio_with_tokens": costs["plain"] / task,
+        "ratio_wall": costs["plain_wall"] / wall,
+        "plain_wall_rate": 1000 / costs["plain_wall"],
+        "wall_rate": 1000 / wall,
+        "ms_task": task,
+        "ms_read": costs["read"],
+        "ms_tokens": costs["tokens"],
+        "ms_decode": costs["decode"],
+        "ms_rest": task - costs["read"] - costs["tokens"] - costs["decode"],
+        "ms_consumer": 1000 * tenfold["own_cpu"] / images,
+        "images": once["images"],
+        "images_tenfold": images,
+        "peak_mb": once["peak"] / 1e6,
+        "peak_tenfold_mb": tenfold["peak"] / 1e6,
+        "growth_mb": (tenfold["peak"] - once["peak"]) / 1e6,
+        "store_mb": once["store"] / 1e6,
+        "store_tenfold_mb": tenfold["store"] / 1e6,
+    }
+
+
+def data_wait(run: str | Path) -> dict[str, dict[str, float]]:
+    """Of every stage of a run: the share of its time that rank 0 waited for data, over all steps and without the first lines."""
+    found = {}
+    for file in sorted(Path(run).rglob("metrics.jsonl")):
+        rows = [row for row in map(json.loads, file.read_text().splitlines()) if "data_wait" in row]
+        steps = np.diff([0, *(row["step"] for row in rows)])
+        seconds = steps / np.array([row["images_per_second"] for row in rows])  # in units of a step's images
+        waited = seconds * [row["data_wait"] for row in rows]
+        if rows:
+            rest = float(waited[1:].sum() / seconds[1:].sum()) if len(rows) > 1 else float("nan")
+            found[str(file.parent.relative_to(run))] = {"all": float(waited.sum() / seconds.sum()), "after_first": rest}
+    return found
+
+
+def measure_data(config: Config) -> dict[str, Any]:
+    """Rate, memory and waiting of the data. Makes its photographs in run/benchmark: enough to fill three windows, and ten times that."""
+    images = 3 * config.cluster.window * config.student.train.images_per_micro_batch
+    photos = prepared_photos(config, images)
+    return {
+        "targets": TARGETS,
+        "cores": os.cpu_count(),
+        "data_tasks": config.cluster.data_tasks,
+        "stream": {str(size): measure_stream(photos, size) for size in SIZES},
+        "data_wait": data_wait(config.run),
+    }
