@@ -102,8 +102,8 @@ def plain_loop(images: list[bytes], size: int) -> None:
 class Watch:
     """CPU time and memory of this process and of the local Ray, sampled twice a second inside a `with`.
 
-    worker_cpu, own_cpu: CPU seconds of the processes that run data tasks, and of this one. peak: bytes of all processes, each
-    shared page counted once (PSS), so the object store is in it; store: bytes of the object store that have been touched.
+    worker_cpu, own_cpu: CPU seconds of the processes that run data tasks, and of this one. store: bytes of the object store
+    that were ever in use; peak: those and the memory of all processes, shared libraries counted once.
     """
 
     def __init__(self) -> None:
@@ -111,20 +111,22 @@ class Watch:
         self.raylet = next(
             p for p in psutil.process_iter(["name", "cmdline"]) if p.info["name"] == "raylet" and session in str(p.info["cmdline"])
         )
+        self.files = list(Path(f"/proc/{self.raylet.pid}/fd").iterdir())
         self.me = psutil.Process()
         self.cpu: dict[int, float] = {}
         self.peak = self.store = 0
         self.end = threading.Event()
 
     def _sample(self) -> None:
-        total = 0
+        store = sum(os.stat(f).st_blocks * 512 for f in self.files if os.readlink(f).startswith("/dev/shm/plasma"))
+        total = store
         for process in (self.me, self.raylet, *self.raylet.children()):
-            with suppress(psutil.NoSuchProcess, IndexError):  # ended meanwhile
-                total += process.memory_full_info().pss
+            with suppress(psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError, IndexError):  # ended meanwhile
+                lines = (line.split() for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:])
+                total += sum(1024 * int(line[1]) for line in lines if line[0] in ("Pss_Anon:", "Pss_File:"))
                 if process.cmdline()[0].startswith(("ray::Map", "ray::IDLE")):
                     self.cpu[process.pid] = sum(process.cpu_times()[:2])
-        self.peak = max(self.peak, total)
-        self.store = max(self.store, self.raylet.memory_info().shared)
+        self.peak, self.store = max(self.peak, total), max(self.store, store)
 
     def _run(self) -> None:
         while not self.end.wait(0.5):

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from geodistill.evaluate.compare import by_benchmark, intervals, intervals_table, mcnemar, measure, paired, paired_table
-from geodistill.evaluate.metrics import score
+from geodistill.evaluate.compare import intervals, intervals_table, mcnemar, measure, paired, paired_table
+from geodistill.evaluate.metrics import by_benchmark, score
 
 BOX, FAR = "{<0><0><20><20>|<0>}", "{<60><60><80><80>|<0>}"
 MOA = ("test", "vqa", "mOA")

@@ -95,7 +95,8 @@ def test_words_of_size_and_place():
 @pytest.mark.parametrize(
     ("name", "words"),
     [("small-vehicle", "small vehicle"), ("tenniscourt", "tennis court"), ("Expressway-toll-station", "expressway toll station"),
-     ("Dry-Cargo-Ship", "dry cargo ship"), ("Small Car", "small car"), ("Boeing737", "Boeing737"), ("container_crane", "container crane")],
+     ("Dry-Cargo-Ship", "dry cargo ship"), ("Small Car", "small car"), ("Boeing737", "Boeing737"),
+     ("container_crane", "container crane")],
 )  # fmt: skip
 def test_names_of_classes_become_words(name, words):
     assert kind_of(name) == words

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import pyarrow as pa
 import ray.data
 from PIL import Image
 
@@ -49,8 +50,7 @@ def square(image: Image.Image, size: int) -> np.ndarray:
 
 def to_micro_batch(records: list[ImageRecord], packer: Packer, size: int) -> MicroBatch:
     """Decode the images and tokenise the questions; a conversation that cannot be used is set aside, with its reason."""
-    batch = MicroBatch([], np.empty((0, size, size, 3), np.uint8), [])
-    pixels = []
+    batch = MicroBatch([], np.empty((len(records), size, size, 3), np.uint8), [])
     for record in records:
         rejected: list[BadRecord] = []
         questions = packer.questions(record.id, record.conversations, rejected=rejected)
@@ -60,11 +60,10 @@ def to_micro_batch(records: list[ImageRecord], packer: Packer, size: int) -> Mic
             questions, rejected = [], [error]
         batch.rejected += [str(error) for error in rejected]
         if questions:
+            batch.pixels[len(batch.ids)] = image
             batch.ids.append(record.id)
             batch.questions.append(questions)
-            pixels.append(image)
-    if pixels:
-        batch.pixels = np.stack(pixels)
+    batch.pixels = batch.pixels[: len(batch.ids)]
     return batch
 
 
@@ -105,12 +104,33 @@ SMALL = 2**27  # bytes of decoded images: a split below that is kept in each dat
 
 def join(batches: list[MicroBatch]) -> MicroBatch:
     """Several micro-batches as one."""
+    if len(batches) == 1:
+        return batches[0]
     return MicroBatch(
         ids=[i for b in batches for i in b.ids],
         pixels=np.concatenate([b.pixels for b in batches]),
         questions=[q for b in batches for q in b.questions],
         rejected=[r for b in batches for r in b.rejected],
     )
+
+
+def to_table(batch: MicroBatch) -> pa.Table:
+    """One row for Ray Data, with the pixels as they lie in memory: each copy would cost a twentieth of decoding them."""
+    buffers: list[pickle.PickleBuffer] = []
+    rest = pickle.dumps(batch, protocol=5, buffer_callback=buffers.append)
+    (pixels,) = buffers
+    columns = {}
+    for name, data in (("rest", rest), ("pixels", pixels)):
+        buffer = pa.py_buffer(data)
+        ends = pa.py_buffer(np.array([0, buffer.size]))
+        columns[name] = pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, buffer])
+    return pa.table(columns)
+
+
+def from_table(row: pa.Table) -> MicroBatch:
+    """The inverse of `to_table`, with pixels of its own that can be written to."""
+    rest, pixels = (row[name][0].as_buffer() for name in ("rest", "pixels"))
+    return pickle.loads(rest, buffers=[bytearray(pixels)])
 
 
 def augment(batch: MicroBatch, rng: np.random.Generator) -> MicroBatch:
@@ -170,15 +190,16 @@ def stream(
     planned = plan(train, manifest["settings"]["images_per_group"], rank, world, start)
     small = 3 * spec.image_size**2 * sum(group.images for group in order.found) <= SMALL
 
-    def load(row: dict) -> dict:
+    def load(row: pa.Table) -> pa.Table:
+        asked = row["groups"][0].as_py()
         parts = []
-        for place, group in json.loads(row["groups"]):
+        for place, group in json.loads(asked):
             part = (remember_group if small else load_group)(str(folder), Group(**group), spec)
             parts.append(augment(part, np.random.default_rng([seed, place])) if train.augment else part)
         batch = join(parts)
         if not batch.ids:
-            raise ValueError(f"no image of {row['groups']} can be used: {batch.rejected[:1]}; run jobs/prepare.py again")
-        return {"batch": pickle.dumps(batch)}
+            raise ValueError(f"no image of {asked} can be used: {batch.rejected[:1]}; run jobs/prepare.py again")
+        return to_table(batch)
 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
@@ -189,7 +210,8 @@ def stream(
     def decode(first: int, last: int) -> ray.data.Dataset:
         tasks = config.cluster.data_tasks
         window = ray.data.from_items(items[first:last], override_num_blocks=min(last - first, 4 * tasks))
-        return window.map(load, num_cpus=0.5, compute=ray.data.TaskPoolStrategy(size=tasks)).materialize()
+        pool = ray.data.TaskPoolStrategy(size=tasks)
+        return window.map_batches(load, batch_size=1, batch_format="pyarrow", num_cpus=0.5, compute=pool).materialize()
 
     # One window is trained on while the next is decoded: memory is bounded by two windows. One long execution with
     # back-pressure would do the same, but its scheduler then spins in the trainer's process and halves its speed.
@@ -202,7 +224,7 @@ def stream(
             if last is not None:
                 pending = ahead.submit(decode, first, last)
             for rows in window.iter_batches(batch_size=1, batch_format="pyarrow"):
-                yield pickle.loads(rows["batch"][0].as_py())
+                yield from_table(rows)
 
 
 def read_split(

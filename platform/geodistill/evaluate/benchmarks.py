@@ -9,15 +9,18 @@ from pathlib import Path
 import ray.data
 import torch
 
-from geodistill.config import Config, save
+from geodistill.config import Config, DataConfig, save
 from geodistill.data.rows import Packer
 from geodistill.data.shards import Group, groups, load_manifest, read_group
-from geodistill.data.stream import to_micro_batch
+from geodistill.data.stream import MicroBatch, to_micro_batch
 from geodistill.distill.decode import decode
 from geodistill.evaluate import metrics
 from geodistill.language import IMAGE
 from geodistill.models import assemble
 from geodistill.models.vision import normalize
+
+SIZE_GROUPS = ("small", "medium", "large")  # of an object that is asked for: GeoChat-Bench's
+MANY = ("geochat_bench", "rsvqa")  # sources of several benchmarks
 
 
 class Answerer:
@@ -38,10 +41,18 @@ class Answerer:
         self.forbidden = assemble.forbidden_tokens(self.tokenizer, model.config.text_config.vocab_size).to(self.device)
 
     def __call__(self, row: dict) -> dict:
-        """{"groups": JSON of row groups} -> {"predictions": JSON list of dicts}."""
+        """{"groups": JSON of row groups} -> {"predictions": JSON list of dicts, "set_aside": JSON list of reasons}."""
         found = [Group(**g) for g in json.loads(row["groups"])]
         records = [r for group in found for r in read_group(self.config.data.shards, group)]
-        batch = to_micro_batch(records, self.packer, self.size)
+        predictions, set_aside, size = [], [], self.config.evaluate.images_per_batch
+        for at in range(0, len(records), size):
+            batch = to_micro_batch(records[at : at + size], self.packer, self.size)
+            set_aside += batch.rejected
+            predictions += self.answer(batch) if batch.ids else []
+        return {"predictions": json.dumps(predictions), "set_aside": json.dumps(set_aside)}
+
+    def answer(self, batch: MicroBatch) -> list[dict]:
+        """A prediction for every question of a batch of images, greedily decoded."""
         rows = self.packer.pack(batch.questions).to(self.device)
         pixels = normalize(torch.from_numpy(batch.pixels).to(self.device))
         pixels = torch.zeros_like(pixels) if self.blind else pixels
@@ -53,18 +64,27 @@ class Answerer:
         for r, row_questions in enumerate(rows.questions):
             for b, question in enumerate(row_questions):
                 ids = out.tokens_RnT[r, b, : out.length_Rn[r, b]]
+                image = batch.ids[int(rows.image_R[r])]
                 predictions.append(
                     {
-                        "benchmark": self.config.evaluate.split,
-                        "id": batch.ids[int(rows.image_R[r])],
+                        "benchmark": benchmark_of(self.config.data, image),
+                        "id": image,
                         "task": question.task,
                         "category": question.category,
+                        "size_group": question.category if question.category in SIZE_GROUPS else "",
                         "question": question.text,
                         "prediction": self.tokenizer.decode(ids, skip_special_tokens=True).strip(),
                         "references": question.references,
                     }
                 )
-        return {"predictions": json.dumps(predictions)}
+        return predictions
+
+
+def benchmark_of(data: DataConfig, image: str) -> str:
+    """The name of the data set that an image belongs to: where a source holds several, the first part of the image's id."""
+    if data.source in MANY:
+        return image.partition("/")[0]
+    return data.name or data.root.rstrip("/").rpartition("/")[2] or data.source
 
 
 def answer(config: Config, name: str, folder: str) -> list[dict]:
@@ -83,14 +103,18 @@ def answer(config: Config, name: str, folder: str) -> list[dict]:
         num_gpus=1 if cluster.use_gpu else 0,
     )
     predictions: list[dict] = []
+    set_aside: list[str] = []
     began, shown = time.time(), 0.0
     for done, row in enumerate(dataset.iter_rows(), start=1):
         predictions += json.loads(row["predictions"])
+        set_aside += json.loads(row["set_aside"])
         if time.time() - shown > 5 or done == len(items):
             shown = time.time()
             rate = len(predictions) / (shown - began)
             left = (len(items) - done) * (shown - began) / done
             print(f"[evaluate] {name}: {len(predictions)} answers, {rate:.0f} a second, {left:.0f} s left", flush=True)
+    if set_aside:
+        print(f"[evaluate] {name}: {len(set_aside)} set aside; the first: {set_aside[0]}", flush=True)
     return predictions
 
 
@@ -102,12 +126,13 @@ def evaluate(config: Config) -> dict[str, dict]:
     folder = Path(config.run) / "evaluate"
     save(config, Path(config.run) / "config.yaml")
     folder.mkdir(parents=True, exist_ok=True)
-    scores = {}
+    scores: dict[str, dict] = {}
+    apart: dict[str, dict] = {}
     for name, model in config.evaluate.models.items():
         if not (Path(model) / "config.json").is_file():
             raise ValueError(f"evaluate.models.{name}={model} holds no model; run the job that makes it, or take it off the list")
         file, asked = folder / f"{name}.jsonl", folder / f"{name}.json"
-        digest = {**fingerprint(config, model), "blind": name in config.evaluate.blind}
+        digest = {**fingerprint(config, model), "blind": name in config.evaluate.blind, "name": benchmark_of(config.data, "")}
         if file.is_file() and asked.is_file() and json.loads(asked.read_text()) == digest:
             print(f"[evaluate] {name}: answered before, in {file}", flush=True)
         else:
@@ -115,9 +140,16 @@ def evaluate(config: Config) -> dict[str, dict]:
             file.write_text("".join(json.dumps(p) + "\n" for p in predictions))
             asked.write_text(json.dumps(digest))
         predictions = [json.loads(line) for line in file.read_text().splitlines()]
-        scores[name] = metrics.score(predictions, config.evaluate.angle_counter_clockwise)
+        counter_clockwise = config.evaluate.angle_counter_clockwise
+        parts = metrics.by_benchmark(predictions)
+        scores[name] = metrics.score(predictions, counter_clockwise)
+        apart[name] = {
+            part: metrics.score(found, counter_clockwise) if len(parts) > 1 else scores[name] for part, found in parts.items()
+        }
     chance = constant_answers(predictions)
-    summary: dict[str, dict] = {name: {**score["summary"], "detail": score} for name, score in scores.items()}
+    summary: dict[str, dict] = {
+        name: {**score["summary"], "detail": score, "benchmarks": apart[name]} for name, score in scores.items()
+    }
     summary["constant_answer"] = chance
     (Path(config.run) / "metrics.json").write_text(json.dumps(summary, indent=1))
     return scores

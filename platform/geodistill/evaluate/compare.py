@@ -53,14 +53,6 @@ class Paired:
     p_mcnemar: float | None = None
 
 
-def by_benchmark(predictions: list[dict]) -> dict[str, list[dict]]:
-    """Predictions grouped by their field benchmark."""
-    found: dict[str, list[dict]] = defaultdict(list)
-    for p in predictions:
-        found[p["benchmark"]].append(p)
-    return dict(found)
-
-
 def _figures(p: dict, counter_clockwise: bool) -> dict[str, float]:
     """What one answer (a prediction of `metrics`) adds to each figure of its task, 0-100."""
     said, truth = p["prediction"], p["references"]

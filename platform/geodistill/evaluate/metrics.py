@@ -296,13 +296,18 @@ def read_predictions(file: Path) -> tuple[list[dict], list[dict]]:
     return found, bad
 
 
+def by_benchmark(predictions: list[dict]) -> dict[str, list[dict]]:
+    """Predictions grouped by their field benchmark."""
+    found: dict[str, list[dict]] = defaultdict(list)
+    for p in predictions:
+        found[p["benchmark"]].append(p)
+    return dict(found)
+
+
 def score_file(file: Path, output: Path, counter_clockwise: bool = True) -> dict:
     """Score existing predictions, each benchmark by itself, and write {benchmark: figures, "set_aside": [...]} to `output`."""
     predictions, bad = read_predictions(file)
-    by_benchmark: dict[str, list[dict]] = defaultdict(list)
-    for p in predictions:
-        by_benchmark[p["benchmark"]].append(p)
-    result: dict = {name: score(found, counter_clockwise) for name, found in by_benchmark.items()}
+    result: dict = {name: score(found, counter_clockwise) for name, found in by_benchmark(predictions).items()}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result | {"set_aside": bad}, indent=1))
     return result

@@ -11,8 +11,8 @@ from matplotlib import rc_context
 from geodistill.config import Config
 from geodistill.data.shards import groups, load_manifest, read_group
 from geodistill.evaluate.captions import rouge
-from geodistill.evaluate.compare import by_benchmark, intervals_table, measure, paired_table
-from geodistill.evaluate.metrics import OTHER, SUMMARY, boxes_of, grounding_ious, is_right, score
+from geodistill.evaluate.compare import intervals_table, measure, paired_table
+from geodistill.evaluate.metrics import OTHER, SUMMARY, boxes_of, by_benchmark, grounding_ious, is_right, score
 from geodistill.evaluate.page import drawing, page, plot, table
 from geodistill.evaluate.plots import RC, UNITS, bars_figure, color_of, confusion_figure, stage_figure, validation_figure
 from geodistill.evaluate.tables import Table, tables
@@ -25,6 +25,7 @@ TASKS = {
     "grounding": "Grounding",
     "captioning": "Captioning",
     "region_captioning": "Region captioning",
+    "detection": "Detection",
 }
 
 
