@@ -9,7 +9,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +27,9 @@ from geodistill.data.files import absolute_path
 from geodistill.data.prepare import prepare
 from geodistill.data.record import ImageRecord, open_image
 from geodistill.data.shards import groups, load_manifest, read_group
-from geodistill.data.stream import CLIP_MEAN, PackerSpec, new_packer, square, stream
+from geodistill.data.stream import PackerSpec, new_packer, square, stream
 from geodistill.language import IMAGE
+from geodistill.models.vision import CLIP_MEAN
 
 SIDE = 512  # pixels of a generated photograph
 DISTINCT = 256  # of them differ; the others are the same bytes under other names
@@ -40,7 +42,9 @@ TARGETS = {"ratio": 0.9, "growth_mb": 200.0, "data_wait": 0.05}
 def make_photos(folder: Path, images: int) -> None:
     """A data set in LLaVA's layout: `images` JPEGs of SIDE pixels, generated scenes with the noise of a sensor on them."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    rng, entries, said = np.random.default_rng(0), [], []
+    rng = np.random.default_rng(0)
+    entries: list[dict] = []
+    said: list[list[tuple[str, str | None]]] = []
     for i in range(images):
         file = folder / f"images/{i:06d}.jpg"
         if i < DISTINCT:
@@ -86,21 +90,21 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
     return found, time.perf_counter() - wall, time.thread_time() - cpu
 
 
-def plain_loop(images: list[bytes], size: int) -> None:
+def plain_loop(records: list[ImageRecord], size: int) -> Iterator[Image.Image]:
     """What anyone would write with PIL: open, convert, pad, resize."""
     colour = tuple(int(255 * c) for c in CLIP_MEAN)
-    for data in images:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
+    for record in records:
+        image = Image.open(io.BytesIO(record.image)).convert("RGB")
         if image.width != image.height:
             side = max(image.size)
             padded = Image.new("RGB", (side, side), colour)
             padded.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
             image = padded
-        image.resize((size, size), Image.Resampling.BICUBIC)
+        yield image.resize((size, size), Image.Resampling.BICUBIC)
 
 
 class Watch:
-    """CPU time and memory of this process and of the local Ray, sampled twice a second inside a `with`.
+    """CPU time and memory of this process and of the local Ray, sampled five times a second inside a `with`.
 
     worker_cpu, own_cpu: CPU seconds of the processes that run data tasks, and of this one. store: bytes of the object store
     that were ever in use; peak: those and the memory of all processes, shared libraries counted once.
@@ -109,7 +113,9 @@ class Watch:
     def __init__(self) -> None:
         session = ray.get_runtime_context().get_session_name()
         self.raylet = next(
-            p for p in psutil.process_iter(["name", "cmdline"]) if p.info["name"] == "raylet" and session in str(p.info["cmdline"])
+            p
+            for p in psutil.process_iter(["name", "cmdline"])
+            if p.info["name"] == "raylet" and session in str(p.info["cmdline"])
         )
         self.files = list(Path(f"/proc/{self.raylet.pid}/fd").iterdir())
         self.me = psutil.Process()
@@ -129,7 +135,7 @@ class Watch:
         self.peak, self.store = max(self.peak, total), max(self.store, store)
 
     def _run(self) -> None:
-        while not self.end.wait(0.5):
+        while not self.end.wait(0.2):
             self._sample()
 
     def __enter__(self) -> "Watch":
@@ -159,70 +165,75 @@ def read_stream(config: Config, split: str, spec: PackerSpec) -> dict[str, float
     return {"images": images, **seconds, "peak": watch.peak, "store": watch.store}
 
 
-def split_cost(config: Config, spec: PackerSpec) -> dict[str, float]:
-    """CPU milliseconds an image of the parts of a data task, and of the plain loop (with its wall time), in this process."""
-    folder, packer = config.data.shards, new_packer(spec)
+def part_costs(config: Config, spec: PackerSpec) -> dict[str, float]:
+    """CPU milliseconds an image of the parts of a data task and of the plain loop (and its wall time), alone in this process."""
+    folder, packer, size = config.data.shards, new_packer(spec), spec.image_size
     some = groups(load_manifest(folder), "train")[: max(1, PLAIN // config.data.images_per_group)]
 
     def read() -> list[ImageRecord]:
         return [record for group in some for record in read_group(folder, group)]
 
     records = read()
-    images = [record.image for record in records]
-    plain_loop(images[:20], spec.image_size)
     parts: dict[str, Callable[[], Any]] = {
-        "plain": lambda: plain_loop(images, spec.image_size),
+        "plain": lambda: deque(plain_loop(records, size), 0),
+        "plain_array": lambda: deque(map(np.asarray, plain_loop(records, size)), 0),
         "read": read,
-        "tokens": lambda: [packer.questions(r.id, r.conversations) for r in records] and None,
-        "decode": lambda: [square(open_image(r.image, r.id), spec.image_size)[0, 0, 0] for r in records] and None,
+        "decode": lambda: deque((square(open_image(r.image, r.id), size) for r in records), 0),
+        "tokens": lambda: deque((packer.questions(r.id, r.conversations) for r in records), 0),
     }
-    costs = {}
+    costs: dict[str, float] = {}
     for name, work in parts.items():
-        _, wall, cpu = min((timed(work) for _ in range(3)), key=lambda cost: cost[2])
-        costs[name] = 1000 * cpu / len(records)
-        if name == "plain":
-            costs["plain_wall"] = 1000 * wall / len(records)
+        wall, cpu = np.mean([timed(work)[1:] for _ in range(3)], axis=0) * 1000 / len(records)
+        costs |= {name: float(cpu), f"{name}_wall": float(wall)}
     return costs
 
 
 def measure_stream(config: Config, size: int) -> dict[str, float]:
-    """Rates, ratios, cost of the parts and growth of memory of the stream at `size` pixels. Rates: images/s; costs: ms/image."""
-    spec = PackerSpec(
-        f"{config.data.shards}/tokenizer", IMAGE, 16, size, config.student.train.max_response, config.student.train.questions_per_row
-    )
-    once, tenfold = (read_stream(config, split, spec) for split in ("val", "train"))
-    costs = split_cost(config, spec)
-    images, tasks = tenfold["images"], min(config.cluster.data_tasks, os.cpu_count() or 1)
-    task = 1000 * tenfold["worker_cpu"] / images
-    wall = 1000 * tasks * tenfold["wall"] / images
+    """Rates (images/s per core), costs (CPU ms/image), ratios and growth of memory (MB) of the stream at `size` pixels.
+
+    The plain loop runs before and after the stream. ratio: its cost to that of a whole data task without tokenisation.
+    """
+    train = config.student.train
+    spec = PackerSpec(f"{config.data.shards}/tokenizer", IMAGE, 16, size, train.max_response, train.questions_per_row)
+    once, before = read_stream(config, "val", spec), part_costs(config, spec)
+    tenfold, after = read_stream(config, "train", spec), part_costs(config, spec)
+    cost = {name: (before[name] + after[name]) / 2 for name in before}
+    cores = min(config.cluster.data_tasks, os.cpu_count() or 1)
+    task, wall = (1000 * tenfold[key] / tenfold["images"] for key in ("worker_cpu", "wall"))
+    decode = task - cost["tokens"]
     return {
-        "plain_rate": 1000 / costs["plain"],
-        "rate": 1000 / task,
-        "ratio": costs["plain"] / (task - costs["tokens"]),
-        "ratio_with_tokens": costs["plain"] / task,
-        "ratio_wall": costs["plain_wall"] / wall,
-        "plain_wall_rate": 1000 / costs["plain_wall"],
-        "wall_rate": 1000 / wall,
-        "ms_task": task,
-        "ms_read": costs["read"],
-        "ms_tokens": costs["tokens"],
-        "ms_decode": costs["decode"],
-        "ms_rest": task - costs["read"] - costs["tokens"] - costs["decode"],
-        "ms_consumer": 1000 * tenfold["own_cpu"] / images,
+        "plain_per_s": 1000 / cost["plain"],
+        "plain_array_per_s": 1000 / cost["plain_array"],
+        "stream_per_s": 1000 / decode,
+        "ratio": cost["plain"] / decode,
+        "ratio_to_arrays": cost["plain_array"] / decode,
+        "ratio_with_tokens": cost["plain"] / task,
+        "plain_wall_per_s": 1000 / cost["plain_wall"],
+        "stream_wall_per_s": 1000 / (wall * cores),
+        "ratio_wall": cost["plain_wall"] / (wall * cores),
+        "task_ms": task,
+        "read_ms": cost["read"],
+        "decode_ms": cost["decode"],
+        "tokens_ms": cost["tokens"],
+        "rest_ms": decode - cost["read"] - cost["decode"],
+        "consumer_ms": 1000 * tenfold["own_cpu"] / tenfold["images"],
         "images": once["images"],
-        "images_tenfold": images,
+        "images_tenfold": tenfold["images"],
+        "store_mb": once["store"] / 1e6,
+        "store_tenfold_mb": tenfold["store"] / 1e6,
         "peak_mb": once["peak"] / 1e6,
         "peak_tenfold_mb": tenfold["peak"] / 1e6,
         "growth_mb": (tenfold["peak"] - once["peak"]) / 1e6,
-        "store_mb": once["store"] / 1e6,
-        "store_tenfold_mb": tenfold["store"] / 1e6,
     }
 
 
 def data_wait(run: str | Path) -> dict[str, dict[str, float]]:
-    """Of every stage of a run: the share of its time that rank 0 waited for data, over all steps and without the first lines."""
+    """Of every stage of a run: the share of its time that rank 0 waited for data, over all steps and without the first line.
+
+    The time up to the first line of metrics.jsonl holds the start of the data tasks.
+    """
     found = {}
-    for file in sorted(Path(run).rglob("metrics.jsonl")):
+    for file in sorted([*Path(run).glob("*/metrics.jsonl"), *Path(run).glob("*/*/metrics.jsonl")]):
         rows = [row for row in map(json.loads, file.read_text().splitlines()) if "data_wait" in row]
         steps = np.diff([0, *(row["step"] for row in rows)])
         seconds = steps / np.array([row["images_per_second"] for row in rows])  # in units of a step's images
@@ -234,8 +245,8 @@ def data_wait(run: str | Path) -> dict[str, dict[str, float]]:
 
 
 def measure_data(config: Config) -> dict[str, Any]:
-    """Rate, memory and waiting of the data. Makes its photographs in run/benchmark: enough to fill three windows, and ten times that."""
-    images = 3 * config.cluster.window * config.student.train.images_per_micro_batch
+    """Rate, memory and waiting of the data. Its photographs, in run/benchmark, fill four windows, and ten times as many."""
+    images = 4 * config.cluster.window * config.student.train.images_per_micro_batch
     photos = prepared_photos(config, images)
     return {
         "targets": TARGETS,
@@ -244,3 +255,32 @@ def measure_data(config: Config) -> dict[str, Any]:
         "stream": {str(size): measure_stream(photos, size) for size in SIZES},
         "data_wait": data_wait(config.run),
     }
+
+
+def data_table(found: dict[str, Any]) -> str:
+    """`measure_data` in words, against its targets."""
+    rows, targets = [], found["targets"]
+    for size, one in found["stream"].items():
+        rows += [
+            (f"{size} px: plain PIL, images/s per core", f"{one['plain_per_s']:.0f}", ""),
+            (f"{size} px: stream without tokenisation, same", f"{one['stream_per_s']:.0f}", ""),
+            (f"{size} px: stream / plain PIL, CPU time", f"{one['ratio']:.2f}", f">= {targets['ratio']:.2f}"),
+            (f"{size} px: same, plain PIL to NumPy arrays", f"{one['ratio_to_arrays']:.2f}", ""),
+            (f"{size} px: same, tokenisation in the stream", f"{one['ratio_with_tokens']:.2f}", ""),
+            (f"{size} px: same, wall time", f"{one['ratio_wall']:.2f}", ""),
+            *(
+                (f"{size} px: {part}, CPU ms an image", f"{one[f'{part}_ms']:.2f}", "")
+                for part in ("task", "read", "decode", "tokens", "rest", "consumer")
+            ),
+            (f"{size} px: peak with {one['images']} images, MB", f"{one['peak_mb']:.0f}", ""),
+            (f"{size} px: peak with {one['images_tenfold']} images, MB", f"{one['peak_tenfold_mb']:.0f}", ""),
+            (f"{size} px: of it object store, MB", f"{one['store_tenfold_mb']:.0f}", ""),
+            (f"{size} px: growth, MB", f"{one['growth_mb']:.0f}", f"< {targets['growth_mb']:.0f}"),
+        ]
+    for stage, share in found["data_wait"].items():
+        rows.append(
+            (f"{stage}: wait for data, after the first line", f"{share['after_first']:.1%}", f"< {targets['data_wait']:.0%}")
+        )
+        rows.append((f"{stage}: same, start included", f"{share['all']:.1%}", ""))
+    wide = max(len(name) for name, *_ in rows)
+    return "\n".join(f"{name:{wide}}  {value:>8}  {target}".rstrip() for name, value, target in rows)

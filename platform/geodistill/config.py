@@ -49,6 +49,9 @@ class DataConfig:
     tile_overlap: int = option(100, "detection: what neighbouring tiles share", "pixels")
     min_visible: float = option(0.5, "detection: an object cut by a tile is kept from this share of its area", "0-1")
     horizontal: bool = option(False, "detection: horizontal boxes in place of oriented ones")
+    angle_counter_clockwise: bool = option(
+        True, "detection, geochat_bench: sign of theta in the box text that is written; GeoChat's own texts: see evaluate"
+    )
     max_boxes: int = option(20, "detection: most boxes in one answer; a kind with more is not asked for", "boxes")
     annotations: str = option(
         "", "llava: its JSON file; class_folders: optional JSON of captions and questions; absolute or below root", "path"
@@ -70,7 +73,9 @@ class DataConfig:
     duplicates: str = option(
         "report", "images that are in training and held out as well: report | remove (from training, and from validation)"
     )
-    duplicate_bits: int = option(4, "bits of 64 in which the perceptual hashes of two copies may differ; -1: exact copies only", "bits")
+    duplicate_bits: int = option(
+        4, "bits of 64 in which the perceptual hashes of two copies may differ; -1: exact copies only", "bits"
+    )
     name: str = option("", "name of the data set in tables; empty: the last part of data.root, or data.source")
     seed: int = option(0, "seed of the synthetic scenes and of the split (kept apart from the run's seed)")
 
@@ -356,6 +361,11 @@ def validate(config: Config) -> None:
     )
     one_of("role", config.role, ("teacher", "student", "blind"))
     one_of("data.source", config.data.source, SOURCE_NAMES)
+    need(
+        bool(config.predictions) or config.data.angle_counter_clockwise == config.evaluate.angle_counter_clockwise,
+        "data.angle_counter_clockwise and evaluate.angle_counter_clockwise differ: boxes would be written with one sign of theta "
+        "and read with the other; set both alike",
+    )
     one_of("data.duplicates", config.data.duplicates, ("report", "remove"))
     need(-1 <= config.data.duplicate_bits <= 16, f"data.duplicate_bits={config.data.duplicate_bits} must lie between -1 and 16")
     one_of("data.sensor", config.data.sensor, SENSORS)

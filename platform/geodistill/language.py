@@ -117,10 +117,14 @@ def speaks_of_place(text: str) -> bool:
     return bool(_PLACE.search(text))
 
 
-def box_from_corners(corners: Sequence[tuple[float, float]], width: float, height: float) -> Box:
-    """The four corners of a rectangle in pixels, in order around it, -> box text units with 0 <= theta < 90."""
+def box_from_corners(corners: Sequence[tuple[float, float]], width: float, height: float, counter_clockwise: bool = True) -> Box:
+    """The four corners of a rectangle in pixels, in order around it, -> box text units with 0 <= theta < 90.
+
+    counter_clockwise: the direction of theta on the screen.
+    """
     cx, cy = (sum(c[i] for c in corners) / 4 for i in (0, 1))
-    sides = [(corners[(i + 1) % 4][0] - corners[i][0], corners[i][1] - corners[(i + 1) % 4][1]) for i in (0, 1)]  # y up
+    up = -1 if counter_clockwise else 1  # y of pixels grows downwards
+    sides = [(corners[(i + 1) % 4][0] - corners[i][0], up * (corners[(i + 1) % 4][1] - corners[i][1])) for i in (0, 1)]
     for (dx, dy), (ex, ey) in (sides, sides[::-1]):
         angle = math.degrees(math.atan2(dy, dx)) % 180
         if angle < 90:

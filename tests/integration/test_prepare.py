@@ -105,7 +105,13 @@ def test_s3_for_input_and_output(s3, tmp_path):
         (tmp_path / "AID" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "AID" / name).write_bytes(buffer.getvalue() if i else b"broken")
     (tmp_path / "c.yaml").write_text("data: {source: class_folders, images_per_shard: 8, images_per_group: 4, vocabulary: 400}\n")
-    remote = ["--config", str(tmp_path / "c.yaml"), f"run={tmp_path / 'run'}", "data.root=s3://remote/raw/AID", "data.shards=s3://remote/shards"]
+    remote = [
+        "--config",
+        str(tmp_path / "c.yaml"),
+        f"run={tmp_path / 'run'}",
+        "data.root=s3://remote/raw/AID",
+        "data.shards=s3://remote/shards",
+    ]
     said, _ = start_job(*remote, **s3).communicate(timeout=200)
     assert "set aside: 1" in said and "images in s3://remote/shards/manifest.json" in said, said
     local = prepare(load(str(tmp_path / "c.yaml"), [f"run={tmp_path / 'run'}", f"data.root={tmp_path / 'AID'}"]), parallel=False)
@@ -116,7 +122,7 @@ def test_s3_for_input_and_output(s3, tmp_path):
     keys = {o["Key"] for o in client.list_objects_v2(Bucket="remote", Prefix="shards/")["Contents"]}
     assert {"shards/tokenizer/tokenizer.json", "shards/rejected.parquet", "shards/preview.html"} <= keys
     assert not any(key.endswith(".tmp") for key in keys)
-    with pytest.raises(ValueError, match="s3://nowhere/x/manifest.json does not exist"):
+    with pytest.raises(ValueError, match=r"s3://nowhere/x/manifest\.json does not exist"):
         load_manifest("s3://nowhere/x")
 
 

@@ -51,8 +51,9 @@ def test_meteor_knows_stems_and_synonyms_and_takes_the_best_reference(monkeypatc
 
 def test_bleu_equals_another_library() -> None:
     said = [SAID, "two planes stand on the runway of an airport", "a storage tank in a green field"]
-    true = [[TRUE, "It is the guiding principle which guarantees the military forces always being under the command of the Party"],
-            ["two planes on the runway of an airport"], ["a storage tank is in a field", "a storage tank in a green meadow"]]  # fmt: skip
+    guiding = "It is the guiding principle which guarantees the military forces always being under the command of the Party"
+    meadow = ["a storage tank is in a field", "a storage tank in a green meadow"]
+    true = [[TRUE, guiding], ["two planes on the runway of an airport"], meadow]
     other = corpus_bleu([[words(r) for r in refs] for refs in true], [words(s) for s in said])
     assert bleu4(said, true) == pytest.approx(100 * other, rel=1e-6) and 30 < 100 * other < 90
 

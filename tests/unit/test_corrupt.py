@@ -51,8 +51,8 @@ def test_five_percent_corrupt(tmp_path, capsys):
         kind = list(KINDS)[i // EVERY % len(KINDS)] if i % EVERY == 0 else "good"
         said = {"silent": [], "no answer": talk(name, "What?", None), "empty answer": talk(name, "What?", " "),
                 "degenerate box": talk(name, "[refer] the ship", "{<50><10><20><30>|<0>}"),
-                "box far outside": talk(name, "[refer] the ship", "{<5><10><77><981>|<0>}")}.get(kind, talk(name, "What?", "water"))  # fmt: skip
-        record = {"id": f"r{i}", "image": name, "conversations": said}
+                "box far outside": talk(name, "[refer] the ship", "{<5><10><77><981>|<0>}")}  # fmt: skip
+        record = {"id": f"r{i}", "image": name, "conversations": said.get(kind, talk(name, "What?", "water"))}
         if kind == "no image named":
             del record["image"]
         if kind != "file is gone":

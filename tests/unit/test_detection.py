@@ -11,7 +11,7 @@ from shapely import Polygon
 from geodistill.config import DataConfig
 from geodistill.data.sources import open_source
 from geodistill.data.sources.detection import Object, ask, describe, kind_of, plural, tiles, visible
-from geodistill.language import box_corners, box_from_corners, parse_boxes
+from geodistill.language import Box, box_corners, box_from_corners, parse_boxes
 
 from .test_sources import make_all, picture, put
 
@@ -66,28 +66,28 @@ def test_tiles_cover_the_image_and_end_with_it():
 def test_an_object_is_whole_cut_or_dropped_by_the_share_that_a_tile_shows():
     ship = Object("ship", rectangle(100, 50, 40, 20, 0))
     tile = (0, 0, 100, 100)  # its right edge halves the ship
-    whole = visible(ship, (0, 0, 200, 100), 0.5, False)
-    half = visible(ship, tile, 0.5, False)
+    whole = visible(ship, (0, 0, 200, 100), DataConfig())
+    half = visible(ship, tile, DataConfig())
     assert (whole.box.x1, whole.box.x2, whole.place) == (40, 60, "center")
     assert (half.box.x1, half.box.y1, half.box.x2, half.box.y2) == (80, 40, 100, 60) and half.place == "right"
-    assert visible(ship, tile, 0.51, False) is None
+    assert visible(ship, tile, DataConfig(min_visible=0.51)) is None
     oblique = Object("ship", rectangle(50, 50, 60, 10, 45))
-    flat = visible(oblique, tile, 0.5, True)
+    flat = visible(oblique, tile, DataConfig(horizontal=True))
     assert flat.box.theta == 0 and flat.box.x2 - flat.box.x1 > 45
-    assert visible(oblique, tile, 0.5, False).box.theta == 45
+    assert visible(oblique, tile, DataConfig()).box.theta == 45
 
 
 def test_words_of_size_and_place():
     things = [Object("car", rectangle(15, 15, 8, 8, 0)), Object("car", rectangle(50, 50, 8, 8, 0)),
               Object("car", rectangle(85, 85, 16, 16, 0)), Object("plane", rectangle(15, 85, 20, 20, 0))]  # fmt: skip
-    seen = describe([visible(t, (0, 0, 100, 100), 0.5, False) for t in things])
+    seen = describe([visible(t, (0, 0, 100, 100), DataConfig()) for t in things])
     assert [s.phrase for s in seen] == ["car at the top left", "car at the center", "large car at the bottom right",
                                         "plane at the bottom left"]  # fmt: skip
     assert [plural(kind, 3) for kind in ("bus", "bridge", "ferry", "chimney", "aircraft")] == [
         "3 buses", "3 bridges", "3 ferries", "3 chimneys", "3 aircraft"]  # fmt: skip
     assert plural("ship", 1) == "1 ship"
     named = [Object("small vehicle", rectangle(x, 50, side, side, 0)) for x, side in ((20, 8), (50, 8), (80, 20))]
-    assert [s.phrase for s in describe([visible(t, (0, 0, 100, 100), 0.5, False) for t in named])] == [
+    assert [s.phrase for s in describe([visible(t, (0, 0, 100, 100), DataConfig()) for t in named])] == [
         f"small vehicle at the {place}" for place in ("left", "center", "right")
     ]  # no "small small vehicle"
 
@@ -107,7 +107,7 @@ def test_phrases_fit_one_object_and_answers_hold_its_box():
     for _ in range(30):
         places = [(rng.uniform(10, 90), rng.uniform(10, 90), 8, rng.uniform(4, 12), 0) for _ in range(8)]
         things = [Object(rng.choice(["car", "ship"]), rectangle(*place), rng.random() < 0.2) for place in places]
-        seen = describe([visible(t, (0, 0, 100, 100), 0.5, False) for t in things])
+        seen = describe([visible(t, (0, 0, 100, 100), DataConfig()) for t in things])
         for c in ask(seen, random.Random(0), False, 20):
             ((question, answer),) = c.turns
             boxes = parse_boxes(answer if c.task != "region_captioning" else question)
@@ -184,3 +184,13 @@ def test_images_without_labels_and_folders_without_any_are_named(tmp_path):
     (tmp_path / "labelTxt/a.txt").unlink()
     with pytest.raises(ValueError, match=r"none of the 2 images .* set data\.root"):
         open_source(DataConfig(source="dota", root=str(tmp_path))).items()
+
+
+@pytest.mark.parametrize("angle", [0, 1, 30, 45, 60, 89])
+@pytest.mark.parametrize("counter_clockwise", [True, False])
+def test_the_sign_of_theta_is_written_as_it_is_read(angle, counter_clockwise):
+    """Corners -> box text -> corners, either sign: the same rectangle, up to the rounding to whole percents and degrees."""
+    true = Polygon(box_corners(Box(20, 40, 80, 60, angle), 400, 400, counter_clockwise=True))
+    written = box_from_corners(list(true.exterior.coords[:4]), 400, 400, counter_clockwise)
+    read = Polygon(box_corners(written, 400, 400, counter_clockwise))
+    assert 0 <= written.theta < 90 and read.intersection(true).area / read.union(true).area > 0.93

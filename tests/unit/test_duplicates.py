@@ -18,8 +18,10 @@ def scene(seed: int) -> Image.Image:
     """Coarse random patches and lines: as different from each other as photographs are."""
     rng = np.random.default_rng(seed)
     image = Image.fromarray(rng.integers(0, 255, (6, 6, 3), np.uint8)).resize((96, 96), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(image)
     for _ in range(6):
-        ImageDraw.Draw(image).line([tuple(p) for p in rng.integers(0, 96, (2, 2)).tolist()], fill=tuple(rng.integers(0, 255, 3)), width=3)
+        ends, color = [tuple(p) for p in rng.integers(0, 96, (2, 2)).tolist()], tuple(rng.integers(0, 255, 3).tolist())
+        draw.line(ends, fill=color, width=3)
     return image
 
 

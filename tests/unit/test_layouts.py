@@ -168,7 +168,7 @@ def test_rsvqa_low_and_high_resolution_side_by_side(tmp_path):
     found = {name: [(c.category, *c.turns[0]) for c in record.conversations] for name, record in good.items()}
     assert found["LR_split_train/1"] == [("count", f"How many roads are there? {SHORT_ANSWER}", "0")]
     assert [(c, a) for c, _, a in found["LR_split_test/0"]] == [("comparison", "yes"), ("rural_urban", "rural")]
-    assert [c for c, *_ in found["USGS_split_test_phili/5"]] == ["phili presence", "phili area"]
+    assert [c for c, *_ in found["USGS_split_test_phili/5"]] == ["presence", "area"]
     assert [c for c, *_ in found["USGS_split_test/4"]] == ["presence"]
     assert aside == {
         "question 1": {"answers_ids": "has no active answer in LR/LR_split_train_answers.json"},

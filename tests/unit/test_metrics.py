@@ -224,7 +224,8 @@ def test_detection_without_confidences() -> None:
 def test_a_file_of_predictions_is_scored_and_bad_lines_are_set_aside(tmp_path) -> None:
     good = made("vqa", "yes", "yes", category="presence")
     lines = [json.dumps(good), "{", json.dumps(good | {"task": "dance"}), json.dumps(good | {"references": []}),
-             json.dumps({k: v for k, v in good.items() if k != "prediction"}), json.dumps(good | {"benchmark": "other"})]  # fmt: skip
+             json.dumps({k: v for k, v in good.items() if k != "prediction"}), 
+             json.dumps(good | {"benchmark": "other"})]  # fmt: skip
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     result = score_file(tmp_path / "p.jsonl", tmp_path / "out" / "scores.json")
     written = json.loads((tmp_path / "out/scores.json").read_text())

@@ -99,7 +99,6 @@ def rouge_f(said: str, true: str) -> tuple[float, float]:
     common = sum((Counter(a) & Counter(b)).values())
     row = [0] * (len(b) + 1)
     for x in a:
-        row = [0] + [0] * len(b) if not row else row
         new = [0]
         for j, y in enumerate(b):
             new.append(row[j] + 1 if x == y else max(row[j + 1], new[j]))

@@ -1,13 +1,14 @@
 """The same image twice: within a split, or in training and test. Exact copies by SHA-256, near ones by perceptual hash.
 
-The perceptual hash (imagehash's phash) has 64 bits that say which low frequencies of the grey image lie above their median: a copy
-that was saved again, resized or slightly edited differs in a few of them, another image in about 32.
+The perceptual hash (imagehash's phash) has 64 bits that say which low frequencies of the grey image lie above their median:
+a copy that was saved again, resized or slightly edited differs in a few of them, another image in about 32.
 """
 
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import imagehash
 import numpy as np
@@ -86,11 +87,11 @@ def _first_alike(hashes: np.ndarray, bits: int) -> np.ndarray:
     unique, first, which = np.unique(hashes, return_index=True, return_inverse=True)
     best = first.copy()
     edges = np.linspace(0, _BITS, bits + 2).astype(np.uint64)
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in pairwise(edges):
         band = (unique >> low) & np.uint64((1 << int(high - low)) - 1)
         order = np.argsort(band, kind="stable")
         starts = np.flatnonzero(np.r_[True, np.diff(band[order]) != 0, True])
-        for start, end in zip(starts[:-1], starts[1:], strict=True):
+        for start, end in pairwise(starts):
             bucket = order[start:end]
             for at in range(0, len(bucket), 1024) if len(bucket) > 1 else ():
                 rows = bucket[at : at + 1024]
@@ -101,6 +102,6 @@ def _first_alike(hashes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def summary(copies: list[Copy]) -> dict[str, int]:
-    """"exact: train, also in test" -> how many."""
+    """ "exact: train, also in test" -> how many."""
     counts = Counter(f"{c.kind}: {c.split}, also in {c.also_in}" for c in copies)
     return dict(sorted(counts.items()))

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -82,7 +83,7 @@ def prepare(config: Config, parallel: bool) -> dict:
         )
     _need_images(Counter({split: part["images"] for split, part in manifest["splits"].items()}), data)
     _save_tokenizer(config, manifest)
-    print(f"a look at it: {write_preview(data.shards, manifest, rejected, copies)}", flush=True)
+    print(f"a look at it: {write_preview(data.shards, manifest, rejected, copies, data.angle_counter_clockwise)}", flush=True)
     write_json(files, MANIFEST, manifest)
     return manifest
 
@@ -98,11 +99,14 @@ def _same_settings(old: dict, new: dict, folder: str) -> None:
 
 
 def _need_images(images: Counter[str], data: DataConfig) -> None:
-    """ValueError for a split without an image that the settings ask for; training text is always needed."""
-    for split in SPLITS:
-        asked = getattr(data, split) if data.source == "synthetic" else getattr(data, f"{split}_fraction", 1)
-        if (asked or split == "train") and not images[split]:
-            raise ValueError(f"no image is left in split {split!r}: {more_images(split, data.source)}")
+    """ValueError for a split without an image that the settings ask for, or where no image is left of published splits."""
+    if data.source in ("synthetic", "class_folders", "llava"):
+        for split in SPLITS:
+            asked = getattr(data, split) if data.source == "synthetic" else getattr(data, f"{split}_fraction", 1)
+            if (asked or split == "train") and not images[split]:
+                raise ValueError(f"no image is left in split {split!r}: {more_images(split, data.source)}")
+    elif not images.total():
+        raise ValueError(f"no image of data.root={data.root} can be used: see rejected.parquet in {data.shards}")
 
 
 def _plans(items: list[Item], data: DataConfig) -> list[dict]:
@@ -126,9 +130,10 @@ def _digest(plan: dict, data: DataConfig) -> str:
     return hashlib.sha256(json.dumps([SCHEMA_VERSION, made_by, plan["items"], stamps]).encode()).hexdigest()
 
 
-def _make_all(plans: list[dict], data: DataConfig, parallel: bool) -> list[dict]:
+def _make_all(plans: list[dict], data: DataConfig, parallel: bool) -> list[ShardInfo]:
     """The info of every shard, in the order of `plans`, with a line of progress each."""
-    start, fresh, planned, infos = time.monotonic(), 0, sum(len(plan["items"]) for plan in plans), {}
+    infos: dict[str, Any] = {}
+    start, fresh, planned = time.monotonic(), 0, sum(len(plan["items"]) for plan in plans)
     left = planned
     sizes = {plan["file"]: len(plan["items"]) for plan in plans}
     for info in _in_ray(plans, data) if parallel else (_make(plan, data) for plan in plans):
@@ -166,7 +171,7 @@ def _make(plan: dict, data: DataConfig) -> dict:
     return {**shard, "reused": False}
 
 
-def _duplicates(infos: list[dict], data: DataConfig) -> tuple[list[dict], list[Copy], int]:
+def _duplicates(infos: list[ShardInfo], data: DataConfig) -> tuple[list[ShardInfo], list[Copy], int]:
     """(infos, images that are there twice, how many were left out): with data.duplicates=remove none leaks any more."""
     images = [Fingerprint(_split(info), name, sha, int(phash, 16)) for info in infos for name, sha, phash in info["fingerprints"]]
     copies = find_copies(images, data.duplicate_bits)
@@ -183,20 +188,20 @@ def _duplicates(infos: list[dict], data: DataConfig) -> tuple[list[dict], list[C
     return kept, copies, len(leaks)
 
 
-def _split(info: dict) -> str:
+def _split(info: ShardInfo) -> str:
     return info["file"].rpartition("-")[0]
 
 
-def _total(split: str, infos: list[dict]) -> dict:
+def _total(split: str, infos: list[ShardInfo]) -> dict:
     """A split's part of the manifest."""
     shards = [info for info in infos if info["file"].startswith(f"{split}-")]
     tasks = sum((Counter(shard["tasks"]) for shard in shards), Counter())
-    keys = [key for key in ShardInfo.__annotations__ if key not in ("rejected", "lost", "fingerprints")]
+    left_out = ("rejected", "lost", "fingerprints")
     return {
         "images": sum(shard["images"] for shard in shards),
         "conversations": sum(shard["conversations"] for shard in shards),
         "tasks": dict(sorted(tasks.items())),
-        "shards": [{key: shard[key] for key in keys} for shard in shards],
+        "shards": [{k: v for k, v in shard.items() if k in ShardInfo.__annotations__ and k not in left_out} for shard in shards],
     }
 
 
@@ -222,9 +227,9 @@ def _print_summary(manifest: dict, rejected: list[dict]) -> None:
 def _save_tokenizer(config: Config, manifest: dict) -> None:
     """Learn the tokenizer of the run's small models from the training texts, questions and known answers.
 
-    There is nothing to learn where the run starts from a teacher that brings one.
+    There is nothing to learn where the run starts from a teacher that brings one, or from a data set for tests alone.
     """
-    if config.teacher.model.init:
+    if config.teacher.model.init or not any(manifest["splits"].get(split, {}).get("images") for split in ("train", "unlabelled")):
         return
     from geodistill.models.assemble import new_tokenizer
 

@@ -17,6 +17,7 @@ from geodistill.evaluate.metrics import boxes_of
 from geodistill.evaluate.page import drawing, page, plot, table
 from geodistill.evaluate.plots import RC
 
+SAMPLES = 50
 MOST_READ = 4000  # images whose text is counted; a larger split is sampled by row groups
 ASKED, ANSWERED = "#e69f00", "#1a9641"
 
@@ -81,7 +82,7 @@ def _rejected(rejected: list[dict]) -> str:
     return f'<div class="card">{table(["field", "reason", "records"], rows)}</div>'
 
 
-def _samples(records: list[ImageRecord]) -> str:
+def _samples(records: list[ImageRecord], counter_clockwise: bool) -> str:
     """One question of each image, with the boxes of question and answer."""
     cards = []
     for i, record in enumerate(records):
@@ -93,8 +94,8 @@ def _samples(records: list[ImageRecord]) -> str:
         said = escape(answer) if answer is not None else "<i>no answer: unlabelled</i>"
         below = escape(" · ".join([chosen.task.replace("_", " "), record.sensor, record.id]))
         cards.append(
-            f'<article class="card sample">{drawing(record.image, shapes)}<p class="question">{escape(question)}</p><p>{said}</p>'
-            f'<div class="soft">{below}</div></article>'
+            f'<article class="card sample">{drawing(record.image, shapes, counter_clockwise)}'
+            f'<p class="question">{escape(question)}</p><p>{said}</p><div class="soft">{below}</div></article>'
         )
     legend = '<p class="soft">Boxes of the question are orange, those of the answer green.</p>'
     return f'{legend}<div class="grid" style="--min:220px">{"".join(cards)}</div>'
@@ -122,15 +123,15 @@ def _duplicates(manifest: dict, copies: list[Copy]) -> str:
     return f'<div class="card">{counts}{text}{listed}</div>'
 
 
-def write_preview(folder: str, manifest: dict, rejected: list[dict], copies: list[Copy], samples: int = 50) -> str:
+def write_preview(folder: str, manifest: dict, rejected: list[dict], copies: list[Copy], counter_clockwise: bool = True) -> str:
     """Write folder/preview.html and return its path.
 
     manifest: of the finished shards; rejected: {"field", "reason"} of what was set aside; copies: images that are there twice;
-    samples: images drawn.
+    counter_clockwise: the sign of theta in the box text. SAMPLES images are drawn.
     """
     everything = [g for split in manifest["splits"] for g in groups(manifest, split)]
     records = read_some(folder, everything, MOST_READ)
-    shown = random.Random(1).sample(records, min(samples, len(records)))
+    shown = random.Random(1).sample(records, min(SAMPLES, len(records)))
     read = sum(part["images"] for part in manifest["splits"].values())
     with rc_context(RC):  # type: ignore[arg-type]
         sections = {
@@ -139,7 +140,7 @@ def write_preview(folder: str, manifest: dict, rejected: list[dict], copies: lis
             "Boxes": _boxes(records),
             "Set aside": _rejected(rejected),
             "Images that are there twice": _duplicates(manifest, copies),
-            "Samples": _samples(shown),
+            "Samples": _samples(shown, counter_clockwise),
         }
     notes = [f"source {manifest['source']}; lengths and boxes are of {len(records):,} images of {read:,}, drawn at random."]
     html = page(folder.rstrip("/").rpartition("/")[2] or folder, "GeoDistill data", notes, sections)

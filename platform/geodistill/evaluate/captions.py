@@ -21,7 +21,13 @@ from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocoevalcap.cider.cider import Cider
 from rouge_score.rouge_scorer import RougeScorer
 
-LIBRARIES = {"ROUGE-1": "rouge-score", "ROUGE-L": "rouge-score", "METEOR": "nltk", "BLEU-4": "pycocoevalcap", "CIDEr": "pycocoevalcap"}
+LIBRARIES = {
+    "ROUGE-1": "rouge-score",
+    "ROUGE-L": "rouge-score",
+    "METEOR": "nltk",
+    "BLEU-4": "pycocoevalcap",
+    "CIDEr": "pycocoevalcap",
+}
 _ROUGE = RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
 _TOKENIZER = NLTKWordTokenizer()
 
@@ -74,7 +80,7 @@ def meteor(prediction: str, references: list[str]) -> float:
 
 
 def bleu4(predictions: list[str], references: list[list[str]]) -> float:
-    """BLEU-4 of a corpus, 0-100: geometric mean of the clipped 1- to 4-gram precisions, brevity penalty with the closest length."""
+    """BLEU-4 of a corpus, 0-100: geometric mean of clipped 1- to 4-gram precisions, brevity penalty with the closest length."""
     scorer = BleuScorer(n=4)
     for said, accepted in zip(predictions, references, strict=True):
         scorer += (" ".join(words(said)), [" ".join(words(r)) for r in accepted])

@@ -82,7 +82,7 @@ def _vqa(group: str, benchmark: str, **categories: str) -> list[Column]:
     return [*asked, Column(group, "mOA", benchmark, ("vqa", "mOA"))]
 
 
-_COMPARISON = "comparison|comp"
+_COMPARISON, _RURAL = "comparison|comp", "rural_urban|rural/urban"
 PAPER = [
     Published(
         "Table 3. Zero-shot scene classification, OA (%)",
@@ -104,7 +104,9 @@ PAPER = [
     Published(
         "Table 5. RSVQA, accuracy (%)",
         _vqa("HRBEN", "hrben|usgs_split_test_phili", presence="presence", comparison=_COMPARISON)
-        + _vqa("LRBEN", "lrben|lr_split_test", presence="presence", comparison=_COMPARISON, rural_urban="rural_urban|rural/urban"),
+        + _vqa(
+            "LRBEN", "lrben|lr_split_test", presence="presence", comparison=_COMPARISON, rural_urban="rural_urban|rural/urban"
+        ),
         {
             "MiniGPTv2": (40.79, 50.91, 46.46, 55.16, 55.22, 39.00, 54.96),
             "LLaVA-1.5": (69.83, 67.29, 68.40, 55.46, 68.20, 59.00, 62.77),

@@ -55,8 +55,8 @@ def build(config: Config, stage: Stage):
     if start:
         student, processor = assemble.load(start)
     else:
-        source = stage.teacher or config.teacher.model.init
-        source = source or download(config.data.shards, "tokenizer", Path(stage.folder) / "shards-tokenizer")
+        brings = stage.teacher or config.teacher.model.init
+        source = brings or download(config.data.shards, "tokenizer", Path(stage.folder) / "shards-tokenizer")
         tokenizer = assemble.load_tokenizer(source)
         student = assemble.new_model(sizes, tokenizer)
         vision = student.config.vision_config

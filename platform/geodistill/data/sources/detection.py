@@ -125,7 +125,7 @@ class DetectionSource:
         for place in places or [(0, 0, width, height)]:
             seen: list[Seen] = []
             for i, found in objects:
-                shown = visible(found, place, self.data.min_visible, self.data.horizontal)
+                shown = visible(found, place, self.data)
                 if shown is None:
                     continue
                 reason = check_boxes(format_box(shown.box))
@@ -198,22 +198,22 @@ def tiles(width: int, height: int, side: int, overlap: int) -> list[tuple[int, i
     return [(x, y, min(x + side, width), min(y + side, height)) for y in starts(height) for x in starts(width)]
 
 
-def visible(found: Object, tile: tuple[int, int, int, int], least: float, horizontal: bool) -> Seen | None:
-    """What a tile shows of an object: whole, cut to the part inside, or None below the share `least` of its area."""
+def visible(found: Object, tile: tuple[int, int, int, int], data: DataConfig) -> Seen | None:
+    """What a tile shows of an object: whole, cut to the part inside, or None below data.min_visible of its area."""
     x, y, x2, y2 = tile
     whole: BaseGeometry = Polygon(found.corners)
     inside = whole.intersection(box(*tile))
     share = inside.area / whole.area
-    if share < least or not inside.area:
+    if share < data.min_visible or not inside.area:
         return None
-    if horizontal:
+    if data.horizontal:
         shape = box(*(inside if share < 0.999 else whole).bounds)
     else:
         shape = (inside if share < 0.999 else whole).minimum_rotated_rectangle
     corners = [(cx - x, cy - y) for cx, cy in shape.exterior.coords[:4]]
-    return Seen(
-        found.kind, box_from_corners(corners, x2 - x, y2 - y), shape.area, found.difficult, "", _place(corners, x2 - x, y2 - y)
-    )
+    size = (x2 - x, y2 - y)
+    written = box_from_corners(corners, *size, data.angle_counter_clockwise)
+    return Seen(found.kind, written, shape.area, found.difficult, "", _place(corners, *size))
 
 
 def _place(corners: list[tuple[float, float]], width: float, height: float) -> str:

@@ -88,8 +88,9 @@ class GeoChatBench:
         for i, (task, category, question, answer, corners, side) in enumerate(item.ref["questions"]):
             if corners:
                 frame = (side, side) if side else (width, height)
+                sign = self.data.angle_counter_clockwise
                 rectangles = [Polygon(c).minimum_rotated_rectangle.exterior.coords[:4] for c in corners]
-                answer = format_boxes([box_from_corners(rectangle, *frame) for rectangle in rectangles])
+                answer = format_boxes([box_from_corners(r, frame[0], frame[1], sign) for r in rectangles])
                 if check_boxes(answer):
                     yield BadRecord(item.id, f"questions[{i}].ground_truth", str(check_boxes(answer)))
                     continue

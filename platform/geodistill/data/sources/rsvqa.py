@@ -2,8 +2,8 @@
 
 LR_split_{train,val,test}_* with Images_LR/<img_id>.tif; USGS_split_{train,val,test,test_phili}_* with Data/<img_id>.tif. The
 three files are joined by id; what is not "active" belongs to another split or was withdrawn, and is left out, as in the
-published loader. Both test sets of the high resolution become the split test, told apart by the category: "presence",
-"phili presence".
+published loader. Both test sets of the high resolution become the split test, told apart by an image's id:
+"USGS_split_test_phili/<img_id>".
 """
 
 import re
@@ -58,7 +58,7 @@ class Rsvqa:
         return found + unread
 
     def _split(self, match: re.Match, images: ImageIndex) -> list[Item]:
-        stem, split, part = match["stem"], match["split"], (match["part"] or "").strip("_")
+        stem, split = match["stem"], match["split"]
         asked, answers, shown = (entries(self.root, f"{stem}_{key}.json", key) for key in ("questions", "answers", "images"))
         by_image: dict[int, list[list[str]]] = {}
         bad: list[Item] = []
@@ -72,7 +72,7 @@ class Rsvqa:
                 wrong = "answers_ids", f"has no active answer in {stem}_answers.json"
             else:
                 kind = clean(question.get("type"))
-                by_image.setdefault(image, []).append([text, answer, f"{part} {TYPES.get(kind, kind)}".strip()])
+                by_image.setdefault(image, []).append([text, answer, TYPES.get(kind, kind)])
                 continue
             bad.append(bad_item(self.data, f"{stem}_questions.json", BadRecord(f"question {number}", *wrong), split))
         found = []
