@@ -139,6 +139,9 @@ class LossConfig:
     align: float = option(0.001, "weight of the feature alignment behind the projector (lambda_align); a squared distance")
     align_map: str = option("linear", "linear: learned map to the teacher's width | identity: widths must agree")
     pretrain: float = option(1.0, "weight of the language-modelling term on pretrain_splits (lambda_pt)")
+    decompose: bool = option(
+        True, "single-step decomposition: the present token's KL exactly; false: its sampled reward joins the return instead"
+    )
     single_step_weighting: str = option("none", "weight of each single-step KL: none | importance (w_t)")
     importance: str = option("token", "importance weight w: token (per token) | sequence (product over the response)")
     length_norm: bool = option(True, "divide the return R_{t+1} by the number of tokens left")
@@ -223,6 +226,21 @@ class Config:
     role: str = option("student", "finetune: teacher | student (the baseline) | blind (the baseline without images)")
     predictions: str = option("", "evaluate: score this file of JSON lines, and run no model", "path")
     output: str = option("", "evaluate: where the figures of `predictions` are written (JSON)", "path")
+    ablation: dict[str, list[str]] = field(
+        default_factory=lambda: {
+            "full": [],
+            "- alignment": ["distill.loss.align=0"],
+            "- teacher mix": ["distill.loss.alpha=0"],
+            "- single step": ["distill.loss.decompose=false"],
+            "- long term": ["distill.loss.long=0"],
+            "- length norm": ["distill.loss.length_norm=false"],
+            "- PT": ["distill.loss.pretrain=0"],
+        },
+        metadata={
+            "help": "jobs/ablation.py: name of a variant -> its overrides; the first is what the others are compared with",
+            "unit": "",
+        },
+    )
     system: str = option(SYSTEM, "system text at the head of every prompt")
     data: DataConfig = section(DataConfig, "from raw data to shards")
     tower: TowerConfig = section(TowerConfig, "dense pre-training of the demo's vision tower (jobs/pretrain.py)")
@@ -279,6 +297,18 @@ def load(file: str | None, overrides: list[str] | None = None) -> Config:
     assert isinstance(config, Config)
     validate(config)
     return config
+
+
+def changed(config: Config, overrides: list[str]) -> Config:
+    """Resolved settings with further overrides ("a.b=value"). Raises ConfigError as `load` does."""
+    try:
+        tree = OmegaConf.merge(OmegaConf.structured(config), OmegaConf.from_dotlist(overrides))
+        found = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error, None)) from error
+    assert isinstance(found, Config)
+    validate(found)
+    return found
 
 
 def _read(file: str | None) -> DictConfig:
@@ -405,6 +435,7 @@ def validate(config: Config) -> None:
             vision.image_size % vision.patch == 0,
             f"{role}.model.vision.image_size={vision.image_size} must be a multiple of {role}.model.vision.patch={vision.patch}",
         )
+    need(bool(config.ablation), "ablation is empty; name one variant at least, such as ablation={full: []}")
     loss = config.distill.loss
     one_of("distill.loss.preset", loss.preset, ("paper", "reference"))
     one_of("distill.loss.align_map", loss.align_map, ("linear", "identity"))
@@ -415,6 +446,10 @@ def validate(config: Config) -> None:
     for name in ("temperature", "kd_temperature"):
         need(getattr(loss, name) > 0, f"distill.loss.{name}={getattr(loss, name)} must be above 0")
     need(loss.updates_per_rollout >= 1, "distill.loss.updates_per_rollout must be at least 1")
+    need(
+        loss.preset == "paper" or loss.decompose,
+        "distill.loss.decompose=false leaves out what preset=reference weighs; set distill.loss.preset=paper",
+    )
     need(
         loss.preset == "paper" or loss.importance == "token",
         "distill.loss.preset=reference uses per-token weights; set distill.loss.importance=token",

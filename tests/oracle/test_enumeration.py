@@ -62,6 +62,12 @@ def test_sequence_weight_is_unbiased(policies, alpha):
     assert relative_error(expected_gradient(*policies, loss), true_gradient(*policies)) <= 1e-12
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.2, 0.9])
+def test_without_the_decomposition_the_expectation_is_the_same(policies, alpha):
+    loss = LossConfig(alpha=alpha, importance="sequence", length_norm=False, decompose=False)
+    assert relative_error(expected_gradient(*policies, loss), true_gradient(*policies)) <= 1e-12
+
+
 @pytest.mark.parametrize("weighting", ["none", "importance"])
 def test_token_weight_is_unbiased_on_policy_only(policies, weighting):
     def error(alpha: float) -> float:

@@ -53,7 +53,9 @@ def test_vqa_is_weighted_by_samples() -> None:
     right = [made("vqa", "Yes.", "yes", category="presence")] * 3
     wrong = [made("vqa", "2", "3", category="count")]
     vqa = score([*right, *wrong])["vqa"]
-    assert vqa["mOA"] == pytest.approx(75)  # not (100 + 0) / 2
+    assert vqa["mOA"] == vqa["accuracy"] == pytest.approx(75)  # not (100 + 0) / 2
+    published = [{**p, "benchmark": name} for p in (*right, *wrong) for name in ("lrben", "RSVQA-LR", "USGS_split_test_phili")]
+    assert score(published)["vqa"]["mOA"] == 100 and score(published)["vqa"]["accuracy"] == 75  # counts are left out
     assert vqa["categories"] == {
         "count": {"samples": 1, "accuracy": 0.0},
         "presence": {"samples": 3, "accuracy": 100.0},

@@ -53,13 +53,16 @@ def _pad(values_M: Tensor, batch: Batch) -> tuple[Tensor, Tensor, tuple[Tensor, 
     return padded, counts, index
 
 
-def returns(reward_M: Tensor, batch: Batch, normalise: bool) -> Tensor:
-    """R_{t+1} = sum of the rewards after t, [M]; normalised: divided by the number of tokens after t, 0 at the last."""
+def returns(reward_M: Tensor, batch: Batch, normalise: bool, present: bool = False) -> Tensor:
+    """R_{t+1} = sum of the rewards after t, [M]; normalised: divided by the number of tokens after t, 0 at the last.
+
+    present: R_t instead, which has the reward of the present token too.
+    """
     padded, counts, index = _pad(reward_M, batch)
-    after = padded.flip(1).cumsum(1).flip(1) - padded
-    result = after[index]
+    total = padded.flip(1).cumsum(1).flip(1)
+    result = (total if present else total - padded)[index]
     if normalise:
-        remaining = counts[index[0]] - 1 - batch.step
+        remaining = counts[index[0]] - batch.step - (0 if present else 1)
         result = torch.where(remaining > 0, result / remaining.clamp(min=1), 0.0)
     return result
 
@@ -99,7 +102,7 @@ def reverse_kl(log_q_MV: Tensor, batch: Batch, loss: LossConfig) -> tuple[Tensor
     L_single = sum_t [w_t or 1] KL(q_t || p_t), exact over the vocabulary.
     L_long = - sum_t w_t R_{t+1} log q_t(y_t), gradient through log q alone; with importance=sequence both terms carry the
     weight of the whole response. When a rollout is used again (updates_per_rollout > 1) L_long is PPO's clipped form
-    in rho = q / p~.
+    in rho = q / p~. Without the decomposition L_single is 0 and L_long has R_t: the same expectation, noisier.
     """
     log_q = pick(log_q_MV, batch.token)
     log_p = pick(batch.log_p, batch.token)
@@ -108,11 +111,11 @@ def reverse_kl(log_q_MV: Tensor, batch: Batch, loss: LossConfig) -> tuple[Tensor
     weight = importance(log_q, batch, loss.importance)
     divergence = kl(log_q_MV, batch.log_p)
     weighted = loss.single_step_weighting == "importance" or loss.importance == "sequence"
-    single = (weight * divergence if weighted else divergence).sum()
+    single = (weight * divergence if weighted else divergence).sum() if loss.decompose else 0.0 * divergence.sum()
     if loss.preset == "reference":
         advantage = reference_returns(reward, batch)
     else:
-        advantage = returns(reward, batch, loss.length_norm)
+        advantage = returns(reward, batch, loss.length_norm, present=not loss.decompose)
     if loss.updates_per_rollout > 1:
         rho = (log_q - batch.log_mixture).exp()
         clipped = rho.clamp(1 - loss.ratio_clip, 1 + loss.ratio_clip)

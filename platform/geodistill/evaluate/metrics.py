@@ -6,6 +6,7 @@ ones, call `score` with the predictions of one benchmark at a time.
 """
 
 import json
+import re
 from collections import Counter, defaultdict
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from geodistill.evaluate import captions
 from geodistill.language import TASK_GROUP, TASKS, Box, box_corners, parse_boxes
 
 OTHER = "(other)"
+_RSVQA = re.compile(r"rsvqa|(lr|hr)[ _-]?ben|(lr|usgs)_split", re.IGNORECASE)  # names of its benchmarks
 # Column of the summary -> key of `score(...)["summary"]`
 SUMMARY = {
     "scene": "scene_classification",
@@ -72,16 +74,25 @@ def scene_classification(predictions: list[dict]) -> dict:
     }
 
 
+def counts_in_moa(p: dict) -> bool:
+    """Is a VQA answer part of mOA? In RSVQA's benchmarks counts and areas are not: published figures leave them out."""
+    return not (_RSVQA.search(p["benchmark"]) and p["category"] in ("count", "area"))
+
+
 def vqa(predictions: list[dict]) -> dict:
-    """Accuracy of short answers per category, and mOA, weighted by samples (so the accuracy over all of them)."""
+    """Accuracy of short answers per category; mOA, their mean weighted by samples under `counts_in_moa`; accuracy: over all."""
     right: Counter[str] = Counter()
     samples: Counter[str] = Counter()
+    counted = []
     for p in predictions:
+        good = is_right(p["prediction"], p["references"])
         samples[p["category"]] += 1
-        right[p["category"]] += is_right(p["prediction"], p["references"])
+        right[p["category"]] += good
+        counted += [good] if counts_in_moa(p) else []
     return {
         "samples": samples.total(),
-        "mOA": percent(right.total(), samples.total()),
+        "mOA": percent(sum(counted), len(counted)),
+        "accuracy": percent(right.total(), samples.total()),
         "categories": {c: {"samples": samples[c], "accuracy": percent(right[c], samples[c])} for c in sorted(samples)},
     }
 

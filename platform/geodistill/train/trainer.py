@@ -35,7 +35,7 @@ def settings_of(config: Config, stage: Stage) -> dict:
     train = {k: v for k, v in asdict(stage.train).items() if k not in REPORTING}
     model = getattr(config, stage.role).model
     found = {"seed": config.seed, "system": config.system, "train": train, "model": asdict(model)}
-    found["data"] = {k: v for k, v in asdict(config.data).items() if k != "shards"}
+    found["data"] = {k: v for k, v in asdict(config.data).items() if k not in ("shards", "name")}
     splits = {*stage.train.splits, "val", *(config.distill.pretrain_splits if stage.train.method == "distill" else ())}
     manifest = load_manifest(config.data.shards)["splits"]
     found["shards"] = [shard["sha256"] for split in sorted(splits & manifest.keys()) for shard in manifest[split]["shards"]]

@@ -1,0 +1,49 @@
+"""What does each term bring? The on-policy loop once for every variant of `ablation`, answered, scored and compared.
+
+Data, teacher and warm start are those of the run and the same for all (make demo); a variant that is finished is skipped.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from geodistill.cli import main
+from geodistill.config import Config, changed
+
+
+def variant(config: Config, name: str) -> str:
+    """Train one variant; returns its model folder."""
+    from geodistill.train.stage import stages
+    from geodistill.train.trainer import fit
+
+    one = changed(config, config.ablation[name])
+    *warm, loop = stages(one, "distill")
+    for stage in warm:
+        fit(one, stage)
+    if config.ablation[name]:  # the variant without changes is the run's own student
+        slug = "".join(c if c.isalnum() else "-" for c in name).strip("-")
+        loop = replace(loop, name=f"ablation/{slug}", folder=f"{config.run}/ablation/{slug}")
+    fit(one, loop)
+    return f"{loop.folder}/model"
+
+
+def ablation_job(config: Config) -> None:
+    from geodistill.evaluate.benchmarks import evaluate
+    from geodistill.evaluate.compare import measure, paired_table
+    from geodistill.evaluate.metrics import summary_table
+    from geodistill.evaluate.report import answers_of_run
+
+    models = {name: variant(config, name) for name in config.ablation}
+    folder = Path(config.run) / "ablation"
+    apart = replace(config, run=str(folder), evaluate=replace(config.evaluate, models=models))
+    scores = evaluate(apart)
+    measured = {name: measure(found) for name, found in answers_of_run(apart).items()}
+    first, *others = models
+    for other in others:
+        print(f"\n{paired_table((other, first), measured[other], measured[first]).text()}")
+    print(f"\n{summary_table(scores)}\n\nfigures: {folder}/metrics.json")
+    (folder / "ablation.json").write_text(json.dumps({name: score["summary"] for name, score in scores.items()}, indent=1))
+
+
+if __name__ == "__main__":
+    main("ablation", ablation_job)
