@@ -286,8 +286,15 @@ def load(file: str | None, overrides: list[str] | None = None) -> Config:
             raise ConfigError(f"override {item!r} is not of the form key=value")
     given = [f"{item}''" if item.endswith("=") else item for item in overrides or []]  # key= is an empty text, not null
     try:
-        for part in (_read(file), OmegaConf.from_dotlist(given)):
+        for part, texts in ((_read(file), None), (OmegaConf.from_dotlist(given), given)):
             _need_groups(part)
+            for name in (
+                "evaluate.models",
+                "ablation",
+            ):  # a file's, or NAME={...}, takes the place of what was; NAME.KEY=... adds
+                whole = texts is None or any(text.startswith(f"{name}=") for text in texts)
+                if whole and OmegaConf.select(part, name) is not None:
+                    OmegaConf.update(tree, name, {}, merge=False)
             tree = OmegaConf.merge(tree, part)
         config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:

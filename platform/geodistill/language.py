@@ -123,13 +123,13 @@ def box_from_corners(corners: Sequence[tuple[float, float]], width: float, heigh
     counter_clockwise: the direction of theta on the screen.
     """
     cx, cy = (sum(c[i] for c in corners) / 4 for i in (0, 1))
+    (x1, y1), (x2, y2), (x3, y3) = corners[:3]
+    along, across = math.hypot(x2 - x1, y2 - y1), math.hypot(x3 - x2, y3 - y2)
     up = -1 if counter_clockwise else 1  # y of pixels grows downwards
-    sides = [(corners[(i + 1) % 4][0] - corners[i][0], up * (corners[(i + 1) % 4][1] - corners[i][1])) for i in (0, 1)]
-    for (dx, dy), (ex, ey) in (sides, sides[::-1]):
-        angle = math.degrees(math.atan2(dy, dx)) % 180
-        if angle < 90:
-            return box_from_center(cx, cy, math.hypot(dx, dy), math.hypot(ex, ey), angle, width, height)
-    raise ValueError(f"{corners} are not the corners of a rectangle")
+    theta = round(math.degrees(math.atan2(up * (y2 - y1), x2 - x1))) % 180
+    if theta >= 90:
+        theta, along, across = theta - 90, across, along
+    return box_from_center(cx, cy, along, across, theta, width, height)
 
 
 def check_boxes(text: str) -> str | None:

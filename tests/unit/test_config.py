@@ -146,3 +146,22 @@ def test_submitted_jobs_get_the_environment_of_local_ones():
 def test_platform_is_no_package():
     """It would shadow Python's own `platform` module, and torch and ray with it."""
     assert not (ROOT / "platform" / "__init__.py").exists()
+
+
+def test_a_list_of_models_replaces_the_one_before_and_a_single_key_adds(tmp_path):
+    (tmp_path / "c.yaml").write_text("evaluate: {models: {mine: a}}\nablation: {full: [], x: [seed=1]}\n")
+    file = str(tmp_path / "c.yaml")
+    assert list(load(None).evaluate.models) == ["teacher", "baseline", "distilled"]
+    assert load(file).evaluate.models == {"mine": "a"} and list(load(file).ablation) == ["full", "x"]
+    assert load(file, ["evaluate.models={yours: b}"]).evaluate.models == {"yours": "b"}
+    assert load(file, ["evaluate.models.yours=b"]).evaluate.models == {"mine": "a", "yours": "b"}
+    assert load(None, ["evaluate.models.yours=b"]).evaluate.models.keys() > {"teacher", "yours"}
+
+
+def test_changed_settings_are_checked_too():
+    config = load(None, ["run=r"])
+    assert changed(config, ["distill.loss.alpha=0.5"]).distill.loss.alpha == 0.5 and config.distill.loss.alpha == 0.2
+    with pytest.raises(ConfigError, match="alpha=2"):
+        changed(config, ["distill.loss.alpha=2"])
+    with pytest.raises(ConfigError, match="unknown key"):
+        changed(config, ["distill.loss.alhpa=0.5"])

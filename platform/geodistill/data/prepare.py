@@ -141,7 +141,11 @@ def _make_all(plans: list[dict], data: DataConfig, parallel: bool) -> list[Shard
         left -= sizes[info["file"]]
         fresh += 0 if info["reused"] else sizes[info["file"]]
         rate = fresh / (time.monotonic() - start)
-        pace = "kept from an earlier run" if info["reused"] else f"{rate:.0f} images/s, about {left / rate:.0f} s left"
+        pace = (
+            "kept from an earlier run"
+            if info["reused"]
+            else f"{rate:.{0 if rate > 9 else 1}f} images/s, about {left / rate:.0f} s left"
+        )
         print(f"{info['file']}: {info['images']} images, shard {len(infos)} of {len(plans)}, {pace}", flush=True)
     return [infos[plan["file"]] for plan in plans]
 

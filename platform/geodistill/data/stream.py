@@ -209,7 +209,7 @@ def stream(
 
     def decode(first: int, last: int) -> ray.data.Dataset:
         tasks = config.cluster.data_tasks
-        window = ray.data.from_items(items[first:last], override_num_blocks=min(last - first, 2 * tasks))
+        window = ray.data.from_items(items[first:last], override_num_blocks=min(last - first, 4 * tasks))
         pool = ray.data.TaskPoolStrategy(size=tasks)
         return window.map_batches(load, batch_size=1, batch_format="pyarrow", num_cpus=0.5, compute=pool).materialize()
 

@@ -98,7 +98,7 @@ def answer(config: Config, name: str, folder: str) -> list[dict]:
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
         Answerer,  # type: ignore[arg-type]
         fn_constructor_args=(config, folder, name in options.blind),
-        compute=ray.data.ActorPoolStrategy(size=cluster.workers),
+        compute=ray.data.ActorPoolStrategy(size=min(cluster.workers, len(items))),
         num_cpus=0.5,
         num_gpus=1 if cluster.use_gpu else 0,
     )
