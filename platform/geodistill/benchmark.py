@@ -25,17 +25,17 @@ from geodistill.config import Config, DataConfig, ModelConfig
 from geodistill.data import synthetic
 from geodistill.data.files import absolute_path
 from geodistill.data.prepare import prepare
-from geodistill.data.record import ImageRecord, open_image
+from geodistill.data.record import CLIP_MEAN, ImageRecord, open_image
 from geodistill.data.shards import groups, load_manifest, read_group
 from geodistill.data.stream import PackerSpec, new_packer, square, stream
 from geodistill.language import IMAGE
-from geodistill.models.vision import CLIP_MEAN
 
 SIDE = 512  # pixels of a generated photograph
 DISTINCT = 256  # of them differ; the others are the same bytes under other names
 QUESTIONS = 3  # of each, about as many as GeoChat_Instruct has
 SIZES = (64, 504)  # pixels that the model sees: the demo's, GeoChat's
-PLAIN = 400  # images of the plain loop
+ROUNDS = 5  # stream and plain loop take turns, because a machine's speed drifts; medians are told
+PLAIN = 200  # images of the plain loop in a round
 TARGETS = {"ratio": 0.9, "growth_mb": 200.0, "data_wait": 0.05}
 
 
@@ -63,21 +63,21 @@ def make_photos(folder: Path, images: int) -> None:
 
 
 def prepared_photos(config: Config, images: int) -> Config:
-    """About 11 * `images` photographs through the real `prepare`, a tenth as many in split val as in split train."""
-    folder = Path(absolute_path(config.run)) / f"benchmark/photos-{11 * images}"
+    """`images` photographs, nearly all of them in split train, through the real `prepare`."""
+    folder = Path(absolute_path(config.run)) / f"benchmark/photos-{images}"
     data = DataConfig(
         source="llava",
         root=str(folder / "images"),
         annotations=str(folder / "annotations.json"),
         shards=str(folder / "data"),
-        val_fraction=1 / 11,
+        val_fraction=0.01,
         test_fraction=0.0,
         images_per_group=config.data.images_per_group,
         images_per_shard=config.data.images_per_shard,
     )
     if not (folder / "annotations.json").exists():
-        print(f"[benchmark] drawing {min(DISTINCT, 11 * images)} photographs in {folder}", flush=True)
-        make_photos(folder, 11 * images)
+        print(f"[benchmark] drawing {min(DISTINCT, images)} photographs in {folder}", flush=True)
+        make_photos(folder, images)
     config = replace(config, data=data, teacher=replace(config.teacher, model=ModelConfig()))
     prepare(config, parallel=True)
     return config
@@ -107,7 +107,7 @@ class Watch:
     """CPU time and memory of this process and of the local Ray, sampled five times a second inside a `with`.
 
     worker_cpu, own_cpu: CPU seconds of the processes that run data tasks, and of this one. store: bytes of the object store
-    that were ever in use; peak: those and the memory of all processes, shared libraries counted once.
+    that were ever in use; peak: those and the memory of all processes, files that they have mapped left out.
     """
 
     def __init__(self) -> None:
@@ -120,6 +120,7 @@ class Watch:
         self.files = list(Path(f"/proc/{self.raylet.pid}/fd").iterdir())
         self.me = psutil.Process()
         self.cpu: dict[int, float] = {}
+        self.ran: set[int] = set()  # Ray starts further processes in store, which may never run a task
         self.peak = self.store = 0
         self.end = threading.Event()
 
@@ -128,10 +129,13 @@ class Watch:
         total = store
         for process in (self.me, self.raylet, *self.raylet.children()):
             with suppress(psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError, IndexError):  # ended meanwhile
-                lines = (line.split() for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:])
-                total += sum(1024 * int(line[1]) for line in lines if line[0] in ("Pss_Anon:", "Pss_File:"))
-                if process.cmdline()[0].startswith(("ray::Map", "ray::IDLE")):
+                lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+                total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+                title = process.cmdline()[0]
+                if title.startswith(("ray::Map", "ray::IDLE")):
                     self.cpu[process.pid] = sum(process.cpu_times()[:2])
+                if title.startswith("ray::Map"):
+                    self.ran.add(process.pid)
         self.peak, self.store = max(self.peak, total), max(self.store, store)
 
     def _run(self) -> None:
@@ -149,16 +153,15 @@ class Watch:
         self.end.set()
         self.thread.join()
         self._sample()
-        self.worker_cpu = sum(seconds - self.before.get(pid, 0.0) for pid, seconds in self.cpu.items())
+        self.worker_cpu = sum(self.cpu[pid] - self.before.get(pid, 0.0) for pid in self.ran)
         self.own_cpu = sum(self.me.cpu_times()[:2]) - self.own
 
 
-def read_stream(config: Config, split: str, spec: PackerSpec) -> dict[str, float]:
-    """Read the whole of a split once through the trainer's stream, and drop it: seconds and bytes of that."""
-    found = load_manifest(config.data.shards)["splits"][split]["images"]
-    train = replace(config.student.train, splits=[split], steps=found // config.student.train.images_per_step, augment=False)
+def read_stream(config: Config, spec: PackerSpec, images: int) -> dict[str, float]:
+    """Read `images` training images once through the trainer's stream, and drop them: seconds and bytes of that."""
+    train = replace(config.student.train, splits=["train"], steps=images // config.student.train.images_per_step, augment=False)
     with Watch() as watch:
-        batches = stream(config, [split], train, spec, config.seed, rank=0, world=1, start=0)
+        batches = stream(config, ["train"], train, spec, config.seed, rank=0, world=1, start=0)
         images, wall, _ = timed(lambda: sum(len(batch.ids) for batch in batches))
     print(f"[benchmark] {spec.image_size} px: {images} images in {wall:.0f} s, {watch.peak / 1e6:.0f} MB", flush=True)
     seconds = {"wall": wall, "worker_cpu": watch.worker_cpu, "own_cpu": watch.own_cpu}
@@ -183,23 +186,37 @@ def part_costs(config: Config, spec: PackerSpec) -> dict[str, float]:
     }
     costs: dict[str, float] = {}
     for name, work in parts.items():
-        wall, cpu = np.mean([timed(work)[1:] for _ in range(3)], axis=0) * 1000 / len(records)
-        costs |= {name: float(cpu), f"{name}_wall": float(wall)}
+        _, wall, cpu = timed(work)
+        costs |= {name: 1000 * cpu / len(records), f"{name}_wall": 1000 * wall / len(records)}
     return costs
 
 
 def measure_stream(config: Config, size: int) -> dict[str, float]:
     """Rates (images/s per core), costs (CPU ms/image), ratios and growth of memory (MB) of the stream at `size` pixels.
 
-    The plain loop runs before and after the stream. ratio: its cost to that of a whole data task without tokenisation.
+    ratio: the plain loop's cost to that of a whole data task without tokenisation; each figure is the median of the rounds.
     """
     train = config.student.train
     spec = PackerSpec(f"{config.data.shards}/tokenizer", IMAGE, 16, size, train.max_response, train.questions_per_row)
-    once, before = read_stream(config, "val", spec), part_costs(config, spec)
-    tenfold, after = read_stream(config, "train", spec), part_costs(config, spec)
-    cost = {name: (before[name] + after[name]) / 2 for name in before}
     cores = min(config.cluster.data_tasks, os.cpu_count() or 1)
-    task, wall = (1000 * tenfold[key] / tenfold["images"] for key in ("worker_cpu", "wall"))
+    images = load_manifest(config.data.shards)["splits"]["train"]["images"]
+    once = read_stream(config, spec, images // 10)
+    rounds = [one_round(part_costs(config, spec), read_stream(config, spec, images // 10), cores) for _ in range(ROUNDS)]
+    tenfold = read_stream(config, spec, images)
+    return {name: float(np.median([one[name] for one in rounds])) for name in rounds[0]} | {
+        "images": once["images"],
+        "images_tenfold": tenfold["images"],
+        "store_mb": once["store"] / 1e6,
+        "store_tenfold_mb": tenfold["store"] / 1e6,
+        "peak_mb": once["peak"] / 1e6,
+        "peak_tenfold_mb": tenfold["peak"] / 1e6,
+        "growth_mb": (tenfold["peak"] - once["peak"]) / 1e6,
+    }
+
+
+def one_round(cost: dict[str, float], stream: dict[str, float], cores: int) -> dict[str, float]:
+    """Rates, ratios and costs from `part_costs` and `read_stream`."""
+    task, wall = (1000 * stream[key] / stream["images"] for key in ("worker_cpu", "wall"))
     decode = task - cost["tokens"]
     return {
         "plain_per_s": 1000 / cost["plain"],
@@ -216,14 +233,7 @@ def measure_stream(config: Config, size: int) -> dict[str, float]:
         "decode_ms": cost["decode"],
         "tokens_ms": cost["tokens"],
         "rest_ms": decode - cost["read"] - cost["decode"],
-        "consumer_ms": 1000 * tenfold["own_cpu"] / tenfold["images"],
-        "images": once["images"],
-        "images_tenfold": tenfold["images"],
-        "store_mb": once["store"] / 1e6,
-        "store_tenfold_mb": tenfold["store"] / 1e6,
-        "peak_mb": once["peak"] / 1e6,
-        "peak_tenfold_mb": tenfold["peak"] / 1e6,
-        "growth_mb": (tenfold["peak"] - once["peak"]) / 1e6,
+        "consumer_ms": 1000 * stream["own_cpu"] / stream["images"],
     }
 
 
@@ -247,7 +257,7 @@ def data_wait(run: str | Path) -> dict[str, dict[str, float]]:
 def measure_data(config: Config) -> dict[str, Any]:
     """Rate, memory and waiting of the data. Its photographs, in run/benchmark, fill four windows, and ten times as many."""
     images = 4 * config.cluster.window * config.student.train.images_per_micro_batch
-    photos = prepared_photos(config, images)
+    photos = prepared_photos(config, 11 * images)
     return {
         "targets": TARGETS,
         "cores": os.cpu_count(),

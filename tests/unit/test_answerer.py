@@ -39,9 +39,9 @@ def test_the_batch_size_does_not_change_answers(config):
 
 
 def test_the_benchmark_of_an_image():
-    data = load(None, []).data
+    data = {"source": "synthetic", "root": "", "name": ""}
     assert benchmark_of(data, "test-000001") == "synthetic"
-    folders = replace(data, source="class_folders", root="s3://bucket/UCMerced_LandUse/")
-    assert benchmark_of(folders, "beach/1.tif") == "UCMerced_LandUse" and benchmark_of(replace(folders, name="UCM"), "x") == "UCM"
-    assert benchmark_of(replace(data, source="geochat_bench", root="/bench"), "lrben/12.tif") == "lrben"
-    assert benchmark_of(replace(data, source="rsvqa", root="/r"), "USGS_split_test_phili/3") == "USGS_split_test_phili"
+    folders = data | {"source": "class_folders", "root": "s3://bucket/UCMerced_LandUse/"}
+    assert benchmark_of(folders, "beach/1.tif") == "UCMerced_LandUse" and benchmark_of(folders, "x", "UCM") == "UCM"
+    assert benchmark_of(data | {"source": "geochat_bench", "root": "/bench"}, "lrben/12.tif") == "lrben"
+    assert benchmark_of(data | {"source": "rsvqa", "root": "/r"}, "USGS_split_test_phili/3") == "USGS_split_test_phili"

@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from geodistill import cli, config
-from geodistill.config import Config, ConfigError, keys, load
+from geodistill.config import Config, ConfigError, changed, keys, load
 
 ROOT = Path(__file__).parents[2]
 

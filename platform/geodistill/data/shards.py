@@ -9,6 +9,7 @@
          manifest.json         written last: its presence means that the data set is whole
 """
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -180,9 +181,19 @@ def groups(manifest: dict, split: str) -> list[Group]:
     return [Group(shard["file"], i, images) for shard in shards for i, images in enumerate(shard["groups"])]
 
 
+@functools.lru_cache(maxsize=256)
+def _footer(folder: str, name: str, size: int, written: int) -> pq.FileMetaData:
+    """The footer of a shard, parsed once in a process; size and time of writing tell a new file of the same name."""
+    with open_folder(folder).open_input_file(name) as stream:
+        return pq.read_metadata(stream)
+
+
 def read_group(folder: str | Path, group: Group, columns: list[str] | None = None) -> list[ImageRecord]:
     """The records of a row group, in the order of the file. `columns`: read no others (the rest is empty)."""
     empty = {"id": "", "image": b"", "width": 0, "height": 0, "sensor": "", "conversations": []}
-    with open_folder(folder).open_input_file(group.file) as stream:
-        rows = pq.ParquetFile(stream).read_row_group(group.index, columns).to_pylist()
+    files = open_folder(folder)
+    info = files.get_file_info(group.file)
+    with files.open_input_file(group.file) as stream:
+        footer = _footer(str(folder), group.file, info.size, info.mtime_ns)
+        rows = pq.ParquetFile(stream, metadata=footer).read_row_group(group.index, columns).to_pylist()
     return [ImageRecord.from_row(empty | row) for row in rows]

@@ -19,11 +19,10 @@ import ray.data
 from PIL import Image
 
 from geodistill.config import Config, TrainConfig
-from geodistill.data.record import BadRecord, ImageRecord, open_image
+from geodistill.data.record import CLIP_MEAN, BadRecord, ImageRecord, open_image
 from geodistill.data.rows import Packer, Question
 from geodistill.data.shards import Group, groups, load_manifest, read_group
 from geodistill.language import speaks_of_place
-from geodistill.models.vision import CLIP_MEAN
 
 
 @dataclass
@@ -99,7 +98,7 @@ def remember_group(folder: str, group: Group, spec: PackerSpec) -> MicroBatch:
     return load_group(folder, group, spec)
 
 
-SMALL = 2**27  # bytes of decoded images: a split below that is kept in each data process, because every epoch asks for it again
+SMALL = 2**25  # bytes of decoded images: a split below that is kept in each data process, because every epoch asks for it again
 
 
 def join(batches: list[MicroBatch]) -> MicroBatch:

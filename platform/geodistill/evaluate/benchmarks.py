@@ -9,7 +9,7 @@ from pathlib import Path
 import ray.data
 import torch
 
-from geodistill.config import Config, DataConfig, save
+from geodistill.config import Config, save
 from geodistill.data.rows import Packer
 from geodistill.data.shards import Group, groups, load_manifest, read_group
 from geodistill.data.stream import MicroBatch, to_micro_batch
@@ -33,6 +33,7 @@ class Answerer:
         model, processor = assemble.load(folder)
         self.model = assemble.RowModel(model).to(self.device).eval()
         self.tokenizer = processor.tokenizer
+        self.made_with = load_manifest(config.data.shards)["settings"]
         options = config.evaluate
         self.packer = Packer(
             self.tokenizer, IMAGE, assemble.image_tokens(model), max_response=10**6, questions_per_row=options.questions_per_row
@@ -67,7 +68,7 @@ class Answerer:
                 image = batch.ids[int(rows.image_R[r])]
                 predictions.append(
                     {
-                        "benchmark": benchmark_of(self.config.data, image),
+                        "benchmark": benchmark_of(self.made_with, image, self.config.data.name),
                         "id": image,
                         "task": question.task,
                         "category": question.category,
@@ -80,11 +81,14 @@ class Answerer:
         return predictions
 
 
-def benchmark_of(data: DataConfig, image: str) -> str:
-    """The name of the data set that an image belongs to: where a source holds several, the first part of the image's id."""
-    if data.source in MANY:
+def benchmark_of(settings: dict, image: str, name: str = "") -> str:
+    """The name of the data set that an image belongs to: where a source holds several, the first part of the image's id.
+
+    settings: those that the shards were made with; name: in place of theirs.
+    """
+    if settings["source"] in MANY:
         return image.partition("/")[0]
-    return data.name or data.root.rstrip("/").rpartition("/")[2] or data.source
+    return name or settings["name"] or settings["root"].rstrip("/").rpartition("/")[2] or settings["source"]
 
 
 def answer(config: Config, name: str, folder: str) -> list[dict]:
@@ -132,7 +136,7 @@ def evaluate(config: Config) -> dict[str, dict]:
         if not (Path(model) / "config.json").is_file():
             raise ValueError(f"evaluate.models.{name}={model} holds no model; run the job that makes it, or take it off the list")
         file, asked = folder / f"{name}.jsonl", folder / f"{name}.json"
-        digest = {**fingerprint(config, model), "blind": name in config.evaluate.blind, "name": benchmark_of(config.data, "")}
+        digest = {**fingerprint(config, model), "blind": name in config.evaluate.blind, "name": config.data.name}
         if file.is_file() and asked.is_file() and json.loads(asked.read_text()) == digest:
             print(f"[evaluate] {name}: answered before, in {file}", flush=True)
         else:

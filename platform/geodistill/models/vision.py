@@ -19,10 +19,8 @@ from transformers import AutoModelForImageTextToText, CLIPVisionConfig, CLIPVisi
 
 from geodistill.config import VisionConfig
 from geodistill.data import synthetic
+from geodistill.data.record import CLIP_MEAN, CLIP_STD
 from geodistill.language import Box, box_corners
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def new_tower(sizes: VisionConfig) -> CLIPVisionModel:
