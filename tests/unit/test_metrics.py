@@ -205,6 +205,12 @@ def test_summary_table() -> None:
         "distilled    7.2      -          -           -   7.2",
     ]
     assert summary_table({}) == "model  scene  VQA  grounding  captioning  mean"
+    box = boxes((1, 1, 9, 9))
+    found = {"teacher": score([made("detection", box, box, category="ship")])}
+    assert [line.split() for line in summary_table(found).splitlines()] == [
+        ["model", "scene", "VQA", "grounding", "captioning", "detection", "mean"],
+        ["teacher", "-", "-", "-", "-", "100.0", "100.0"],
+    ]
 
 
 def test_detection_without_confidences() -> None:

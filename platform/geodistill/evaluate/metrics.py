@@ -25,8 +25,15 @@ SUMMARY = {
     "VQA": "vqa",
     "grounding": "grounding",
     "captioning": "captioning",
+    "detection": "detection",
     "mean": "mean",
 }
+
+
+def columns(scores: dict[str, dict]) -> dict[str, str]:
+    """SUMMARY without detection where no model has it: the paper's four tasks are always there."""
+    detects = any("detection" in result["summary"] for result in scores.values())
+    return {name: key for name, key in SUMMARY.items() if detects or key != "detection"}
 
 
 def normalise(text: str) -> str:
@@ -228,8 +235,8 @@ def _sort(predictions: list[dict]) -> tuple[dict[str, list[dict]], Counter[str]]
 def score(predictions: list[dict], counter_clockwise: bool = True) -> dict:
     """Every figure of one model, 0-100, per task; a task without samples is absent.
 
-    summary: OA, mOA, acc@0.25 (acc@0.5 stands with the task), the mean ROUGE-L over all captions (of images and regions), and
-    the mean of those present.
+    summary: OA, mOA, acc@0.25 (acc@0.5 stands with the task), mAP@0.5 OBB, the mean ROUGE-L over all captions (of images and
+    regions), and the mean of those present.
     not_scored: counts of the samples that have no metric. counter_clockwise: the sign of theta in the box text.
     """
     tasks, left_out = _sort(predictions)
@@ -242,7 +249,7 @@ def score(predictions: list[dict], counter_clockwise: bool = True) -> dict:
         "region_captioning": captions.captioning,
     }
     result: dict = {task: function(tasks[task]) for task, function in functions.items() if tasks.get(task)}
-    headline = {"scene_classification": "OA", "vqa": "mOA", "grounding": "acc@0.25"}
+    headline = {"scene_classification": "OA", "vqa": "mOA", "grounding": "acc@0.25", "detection": "mAP@0.5 OBB"}
     summary = {task: result[task][key] for task, key in headline.items() if task in result}
     texts = [result[task] for task in ("captioning", "region_captioning") if task in result]
     if texts:
@@ -262,9 +269,10 @@ def libraries() -> dict[str, str]:
 
 def summary_table(scores: dict[str, dict]) -> str:
     """Plain text: a row per model, a column per task and their mean, one decimal, "-" where a task is absent."""
-    rows = [["model", *SUMMARY]]
+    shown = columns(scores)
+    rows = [["model", *shown]]
     for model, result in scores.items():
-        values = [result["summary"].get(key) for key in SUMMARY.values()]
+        values = [result["summary"].get(key) for key in shown.values()]
         rows.append([model, *("-" if v is None else f"{v:.1f}" for v in values)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [

@@ -5,9 +5,16 @@ import math
 import numpy as np
 from matplotlib.figure import Figure
 
-from geodistill.evaluate.metrics import OTHER, SUMMARY
+from geodistill.evaluate.metrics import OTHER, SUMMARY, columns
 
-UNITS = {"scene": "OA, %", "VQA": "mOA, %", "grounding": "acc@0.25, %", "captioning": "ROUGE-L F", "mean": "of the tasks"}
+UNITS = {
+    "scene": "OA, %",
+    "VQA": "mOA, %",
+    "grounding": "acc@0.25, %",
+    "captioning": "ROUGE-L F",
+    "detection": "mAP@0.5 OBB, %",
+    "mean": "of the tasks",
+}
 # metric -> (title, unit) of its panel, in the order of the panels
 CURVES = {
     "loss": ("total loss", "objective"),
@@ -106,8 +113,8 @@ def validation_figure(histories: dict[str, list[dict]]) -> Figure | None:
 
 
 def bars_figure(scores: dict[str, dict]) -> Figure:
-    """The four tasks as groups of bars, one bar per model."""
-    tasks = [name for name in SUMMARY if name != "mean"]
+    """The tasks as groups of bars, one bar per model."""
+    tasks = [name for name in columns(scores) if name != "mean"]
     figure = Figure(figsize=(10, 3.1), layout="constrained")
     ax = figure.subplots()
     width = 0.8 / len(scores)

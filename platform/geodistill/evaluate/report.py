@@ -12,7 +12,7 @@ from geodistill.config import Config
 from geodistill.data.shards import groups, load_manifest, read_group
 from geodistill.evaluate.captions import rouge
 from geodistill.evaluate.compare import intervals_table, measure, paired_table
-from geodistill.evaluate.metrics import OTHER, SUMMARY, boxes_of, by_benchmark, grounding_ious, is_right, score
+from geodistill.evaluate.metrics import OTHER, boxes_of, by_benchmark, columns, grounding_ious, is_right, score
 from geodistill.evaluate.page import drawing, page, plot, table
 from geodistill.evaluate.plots import RC, UNITS, bars_figure, color_of, confusion_figure, stage_figure, validation_figure
 from geodistill.evaluate.tables import Table, tables
@@ -31,21 +31,20 @@ TASKS = {
 
 def _summary(scores: dict[str, dict]) -> str:
     """The headline table; the best of each column is bold; a last row for distilled minus baseline."""
-    best = {
-        key: max((s["summary"][key] for s in scores.values() if key in s["summary"]), default=None) for key in SUMMARY.values()
-    }
+    shown = columns(scores)
+    best = {key: max((s["summary"][key] for s in scores.values() if key in s["summary"]), default=None) for key in shown.values()}
 
     def cell(value: float | None, top: float | None) -> str:
         text = "-" if value is None else f"{value:.1f}"
         return f"<b>{text}</b>" if value is not None and value == top and len(scores) > 1 else text
 
-    rows = [[escape(m), *(cell(s["summary"].get(k), best[k]) for k in SUMMARY.values())] for m, s in scores.items()]
+    rows = [[escape(m), *(cell(s["summary"].get(k), best[k]) for k in shown.values())] for m, s in scores.items()]
     pair = [scores[m]["summary"] for m in ("distilled", "baseline") if m in scores]
     if len(pair) == 2:
-        both = [k in pair[0] and k in pair[1] for k in SUMMARY.values()]
-        gains = [f"{pair[0][k] - pair[1][k]:+.1f}" if b else "-" for k, b in zip(SUMMARY.values(), both, strict=True)]
+        both = [k in pair[0] and k in pair[1] for k in shown.values()]
+        gains = [f"{pair[0][k] - pair[1][k]:+.1f}" if b else "-" for k, b in zip(shown.values(), both, strict=True)]
         rows.append(["distilled − baseline", *gains])
-    head = ["model", *(f"{name}<br><small>{UNITS[name]}</small>" for name in SUMMARY)]
+    head = ["model", *(f"{name}<br><small>{UNITS[name]}</small>" for name in shown)]
     return table(head, rows, "delta" if len(pair) == 2 else "")
 
 
@@ -301,10 +300,13 @@ def _notes(config: Config, scores: dict[str, dict]) -> list[str]:
     """What a reader must know to compare: updates of each student, and what the control shows."""
     distill = config.distill
     updates = distill.warm_start.steps + distill.train.steps * distill.loss.updates_per_rollout
-    notes = [
+    trained = [
         f"Updates of the student: baseline {config.student.train.steps} ({config.student.train.method}), distilled {updates} "
         f"({distill.warm_start.steps} warm start by {distill.warm_start.method}, the rest on-policy on the splits "
         f"{' and '.join(distill.train.splits)}).",
+    ]
+    notes = [
+        *(trained if (Path(config.run) / "distill").is_dir() else []),
         f"Test: {config.evaluate.split} split, greedy answers, sign of theta "
         f"{'counter-clockwise' if config.evaluate.angle_counter_clockwise else 'clockwise'} on the screen.",
     ]
