@@ -45,15 +45,24 @@ def _histograms(values: dict[str, list[float]], unit: str) -> Figure:
 
 
 def _lengths(records: list[ImageRecord]) -> str:
-    """Words of an answer, by task."""
-    words: dict[str, list[float]] = {}
+    """Words of an answer by task, or its boxes where it is nothing else."""
+    lengths: dict[str, list[float]] = {}
+    boxes = set()
     for record in records:
         for c in record.conversations:
-            words.setdefault(c.task, []).extend(len(answer.split()) for _, answer in c.turns if answer is not None)
-    words = {task: found for task, found in sorted(words.items()) if found}
-    if not words:
+            for answer in (answer for _, answer in c.turns if answer is not None):
+                if answer.startswith("{"):
+                    boxes.add(c.task)
+                found = boxes_of(answer) if answer.startswith("{") else answer.split()
+                lengths.setdefault(c.task, []).append(len(found))
+    if not lengths:
         return ""
-    return plot(_histograms(words, "words"), "Words of an answer, by task: how many answers have how many.")
+    figure = _histograms({task: lengths[task] for task in sorted(lengths)}, "words")
+    for ax, task in zip(figure.axes, sorted(lengths), strict=True):
+        ax.set_xlabel("boxes" if task in boxes else "words")
+    return plot(
+        figure, "Length of an answer, by task: how many answers have how many words, or boxes where they are boxes alone."
+    )
 
 
 def _boxes(records: list[ImageRecord]) -> str:
@@ -117,7 +126,9 @@ def _duplicates(manifest: dict, copies: list[Copy]) -> str:
         return '<p class="soft">No image is there twice.</p>'
     counts = table(["image", "copies"], [[escape(what), f"{n:,}"] for what, n in manifest["duplicates"].items()])
     leaks = [[escape(c.split), escape(c.id), escape(c.also_in), escape(c.also_as), str(c.bits)] for c in copies if c.leaks]
-    listed = table(["split", "image", "also in", "as", "bits that differ"], leaks[:100]) if leaks else ""
+    shown = table(["split", "image", "also in", "as", "bits that differ"], leaks[:200])
+    more = "" if len(leaks) <= 200 else ", the first 200; all are in duplicates.parquet"
+    listed = f"<details><summary>Which ones{more}</summary>{shown}</details>" if leaks else ""
     fate = "They were left out." if manifest["left_out"] else "data.duplicates=remove leaves them out."
     text = f'<p class="soft">{len(leaks):,} images are held out as well. {fate}</p>' if leaks else ""
     return f'<div class="card">{counts}{text}{listed}</div>'
@@ -143,7 +154,9 @@ def write_preview(folder: str, manifest: dict, rejected: list[dict], copies: lis
             "Samples": _samples(shown, counter_clockwise),
         }
     notes = [f"source {manifest['source']}; lengths and boxes are of {len(records):,} images of {read:,}, drawn at random."]
-    html = page(folder.rstrip("/").rpartition("/")[2] or folder, "GeoDistill data", notes, sections)
+    made_with = manifest["settings"]
+    name = made_with["name"] or made_with["root"].rstrip("/").rpartition("/")[2] or manifest["source"]
+    html = page(name, "GeoDistill data", notes, sections)
     with writing(open_folder(folder), "preview.html") as stream:
         stream.write(html.encode())
     return f"{folder}/preview.html"

@@ -34,7 +34,7 @@ summary{cursor:pointer;font-weight:600}details table{margin-top:.6rem}
 .sample polygon{fill:none;vector-effect:non-scaling-stroke;filter:drop-shadow(0 0 1px #000a)}
 .sample dl{margin:.6rem 0 0;font-size:.88rem}.sample dt{color:var(--soft);margin-top:.35rem}
 .sample dd{margin:0;overflow-wrap:anywhere;font-size:.9rem}.question{margin:.6rem 0 0;overflow-wrap:anywhere;font-weight:600}
-.one{white-space:nowrap}.sample>.soft{margin-top:.5rem}
+.one{white-space:nowrap}.sample>.soft{margin-top:.5rem;overflow-wrap:anywhere}.sample{min-width:0}
 i.key{display:inline-block;width:1.5em;border-top:3px solid;vertical-align:.28em;margin-right:.45em}
 @media (max-width:600px){th,td{padding:.32rem .45rem}.card,details{padding:.8rem}}
 .right{color:var(--good);font-weight:600}.wrong{color:var(--bad);font-weight:600}code{font-size:.87em;overflow-wrap:anywhere}
