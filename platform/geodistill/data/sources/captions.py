@@ -7,18 +7,11 @@ a test image has its first one as the answer and all of them as references.
 from collections.abc import Iterator
 
 from geodistill.config import DataConfig
-from geodistill.data.record import BadRecord, Conversation, ImageRecord
+from geodistill.data.record import BadRecord, ImageRecord
 from geodistill.data.sources.base import ImageIndex, Item, Root, annotations_json, bad_item, clean, new_record, read_image
-from geodistill.data.sources.class_folders import ASK_CAPTION
+from geodistill.data.sources.class_folders import caption_conversations
 
 _SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
-
-
-def caption_conversations(captions: list[str], split: str) -> list[Conversation]:
-    """The conversations of an image with several captions."""
-    if split in ("train", "val"):
-        return [Conversation("captioning", [(ASK_CAPTION, caption)]) for caption in captions]
-    return [Conversation("captioning", [(ASK_CAPTION, captions[0])], references=captions)]
 
 
 class Captions:

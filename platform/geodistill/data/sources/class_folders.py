@@ -33,6 +33,15 @@ def class_name(folder: str) -> str:
     return clean(re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_", " ", folder)).lower()
 
 
+def caption_conversations(captions: list[str], split: str) -> list[Conversation]:
+    """The conversations of an image with several captions: one each in training, one with all as references in a test."""
+    if not captions:
+        return []
+    if split in ("train", "val"):
+        return [Conversation("captioning", [(ASK_CAPTION, caption)]) for caption in captions]
+    return [Conversation("captioning", [(ASK_CAPTION, captions[0])], references=captions)]
+
+
 class ClassFolders:
     def __init__(self, data: DataConfig):
         self.data, self.root = data, Root(data)
@@ -102,10 +111,7 @@ class ClassFolders:
         image, width, height = read_image(self.root, item, self.data.bands)
         captions = item.ref.get("captions", [])
         found = [Conversation("scene_classification", [(ASK_CLASS, item.ref["class"])])]
-        if captions and item.split in ("train", "val"):
-            found += [Conversation("captioning", [(ASK_CAPTION, caption)]) for caption in captions]
-        elif captions:
-            found.append(Conversation("captioning", [(ASK_CAPTION, captions[0])], references=captions))
+        found += caption_conversations(captions, item.split)
         for asked in item.ref.get("questions", []):
             found.append(Conversation("vqa", [(f"{asked['question']} {SHORT_ANSWER}", asked["answer"])], asked["type"]))
         yield new_record(self.data, item, image, width, height, found)
