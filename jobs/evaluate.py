@@ -13,8 +13,14 @@ def score_job(config: Config) -> None:
     from geodistill.evaluate.metrics import score_file, summary_table
 
     counter_clockwise = config.evaluate.angle_counter_clockwise
-    scores = score_file(Path(config.predictions), Path(config.output), counter_clockwise)
-    print(f"{summary_table(scores)}\n\nfigures: {config.output}")
+    scores, bad = score_file(Path(config.predictions), Path(config.output), counter_clockwise)
+    print(summary_table(scores))
+    for name, score in scores.items():
+        for what, count in score["not_scored"].items():
+            print(f"{name}: {count} {what} without a metric")
+    if bad:
+        print(f"set aside: {len(bad)}; the first: line {bad[0]['line']}, field {bad[0]['field'] or '-'}: {bad[0]['reason']}")
+    print(f"\nfigures: {config.output}")
 
 
 def evaluate_job(config: Config) -> None:

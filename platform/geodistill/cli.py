@@ -45,6 +45,6 @@ def main(job: str, work: Callable[[Config], None], needs_ray: Callable[[Config],
 
             connect()
         work(config)
-    except (ValueError, JobFailed) as error:
+    except (ValueError, OSError, JobFailed) as error:
         print(f"{job}: {error}", file=sys.stderr)
         raise SystemExit(1) from error

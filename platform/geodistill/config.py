@@ -280,18 +280,22 @@ def load(file: str | None, overrides: list[str] | None = None) -> Config:
 
     Raises ConfigError, with the key and the remedy, for a missing file, an unknown key, a wrong type or a contradiction.
     """
-    tree = OmegaConf.structured(Config)
     for item in overrides or []:
         if "=" not in item:
             raise ConfigError(f"override {item!r} is not of the form key=value")
-    given = [f"{item}''" if item.endswith("=") else item for item in overrides or []]  # key= is an empty text, not null
+    return _resolved(OmegaConf.structured(Config), [_read(file)], overrides or [], file)
+
+
+def _resolved(tree: Any, parts: list[DictConfig], overrides: list[str], file: str | None) -> Config:
+    """The settings of `tree` with whole parts and then overrides on top, resolved and validated."""
+    given = [f"{item}''" if item.endswith("=") else item for item in overrides]  # key= is an empty text, not null
     try:
-        for part, texts in ((_read(file), None), (OmegaConf.from_dotlist(given), given)):
+        for part, texts in [*((part, None) for part in parts), (OmegaConf.from_dotlist(given), given)]:
             _need_groups(part)
             for name in (
                 "evaluate.models",
                 "ablation",
-            ):  # a file's, or NAME={...}, takes the place of what was; NAME.KEY=... adds
+            ):  # a file's, or NAME={...}, replaces what was; NAME.KEY=... adds
                 whole = texts is None or any(text.startswith(f"{name}=") for text in texts)
                 if whole and OmegaConf.select(part, name) is not None:
                     OmegaConf.update(tree, name, {}, merge=False)
@@ -299,8 +303,10 @@ def load(file: str | None, overrides: list[str] | None = None) -> Config:
         config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, file)) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the overrides {' '.join(overrides)} cannot be read: {error}") from error
     except TypeError as error:
-        raise ConfigError(f"the overrides {' '.join(overrides or [])} do not fit together: {error}") from error
+        raise ConfigError(f"the overrides {' '.join(overrides)} do not fit together: {error}") from error
     assert isinstance(config, Config)
     validate(config)
     return config
@@ -308,14 +314,7 @@ def load(file: str | None, overrides: list[str] | None = None) -> Config:
 
 def changed(config: Config, overrides: list[str]) -> Config:
     """Resolved settings with further overrides ("a.b=value"). Raises ConfigError as `load` does."""
-    try:
-        tree = OmegaConf.merge(OmegaConf.structured(config), OmegaConf.from_dotlist(overrides))
-        found = OmegaConf.to_object(tree)
-    except OmegaConfBaseException as error:
-        raise ConfigError(_explain(error, None)) from error
-    assert isinstance(found, Config)
-    validate(found)
-    return found
+    return _resolved(OmegaConf.structured(config), [], overrides, None)
 
 
 def _read(file: str | None) -> DictConfig:
@@ -427,6 +426,13 @@ def validate(config: Config) -> None:
         "their sum must stay below 1",
     )
     need(data.images_per_group >= 1, "data.images_per_group must be at least 1")
+    need(data.images_per_shard >= 1, "data.images_per_shard must be at least 1")
+    need(all(band >= 1 for band in data.bands), f"data.bands={data.bands}: bands count from 1")
+    need(0 < data.min_visible <= 1, f"data.min_visible={data.min_visible} must lie above 0 and not above 1")
+    need(
+        not data.tile or 0 <= data.tile_overlap < data.tile,
+        f"data.tile_overlap={data.tile_overlap} must be less than data.tile={data.tile}",
+    )
     need(
         data.images_per_shard % data.images_per_group == 0,
         f"data.images_per_shard={data.images_per_shard} must be a multiple of data.images_per_group={data.images_per_group}",
@@ -442,6 +448,11 @@ def validate(config: Config) -> None:
             vision.image_size % vision.patch == 0,
             f"{role}.model.vision.image_size={vision.image_size} must be a multiple of {role}.model.vision.patch={vision.patch}",
         )
+    remote = [name for name in ("run", "predictions", "output") if "://" in getattr(config, name)]
+    need(not remote, f"{', '.join(remote)} must be a folder or file of this machine; data.root and data.shards may be s3://")
+    need(bool(config.evaluate.models), "evaluate.models is empty; name one model at least: evaluate.models={mine: FOLDER}")
+    need(config.evaluate.images_per_batch >= 1, "evaluate.images_per_batch must be at least 1")
+    need(config.evaluate.questions_per_row >= 1, "evaluate.questions_per_row must be at least 1")
     need(bool(config.ablation), "ablation is empty; name one variant at least, such as ablation={full: []}")
     loss = config.distill.loss
     one_of("distill.loss.preset", loss.preset, ("paper", "reference"))

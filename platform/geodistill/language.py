@@ -40,9 +40,8 @@ _PLACE = re.compile(
     r"|(north|south|east|west)\w*|corners?|horizontal\w*|vertical\w*)\b",
     re.IGNORECASE,
 )
-_NUMBER = r"<\s*(-?\d+)\s*>"
+_NUMBER = r"<\s*(-?\d+(?:\.\d+)?)\s*>"
 _BOX = re.compile(r"\{" + _NUMBER * 4 + r"(?:\|" + _NUMBER + r")?\}")
-_LABEL = re.compile(r"<p>(.*?)</p>")
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,11 @@ class Box:
     unless a reader asks for the other sign. Values outside 0-100 are legal before the turn.
     """
 
-    x1: int
-    y1: int
-    x2: int
-    y2: int
-    theta: int = 0
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+    theta: float = 0
 
 
 def format_box(box: Box) -> str:
@@ -72,17 +71,7 @@ def format_boxes(boxes: list[Box]) -> str:
 
 def parse_boxes(text: str) -> list[Box]:
     """Every box in `text`, in order. A missing angle is 0. Text without a box gives an empty list."""
-    return [Box(*(int(v) if v is not None else 0 for v in m.groups())) for m in _BOX.finditer(text)]
-
-
-def parse_labels(text: str) -> list[tuple[str, list[Box]]]:
-    """`<p>label</p> {box}<delim>{box} ...` -> [(label, boxes)]; boxes before any label get the label ""."""
-    starts = [(m.end(), m.start(), m.group(1).strip()) for m in _LABEL.finditer(text)]
-    pieces = [("", text[: starts[0][1]] if starts else text)]
-    for i, (end, _, label) in enumerate(starts):
-        pieces.append((label, text[end : starts[i + 1][1] if i + 1 < len(starts) else len(text)]))
-    found = [(label, parse_boxes(piece)) for label, piece in pieces]
-    return [(label, boxes) for label, boxes in found if boxes]
+    return [Box(*(float(v) if "." in v else int(v) for v in m.groups("0"))) for m in _BOX.finditer(text)]
 
 
 def box_corners(box: Box, width: float, height: float, counter_clockwise: bool = True) -> list[tuple[float, float]]:
@@ -139,6 +128,10 @@ def check_boxes(text: str) -> str | None:
             return f"box {format_box(box)} has x1 >= x2 or y1 >= y2"
         if min(box.x1, box.y1, box.x2, box.y2) < -100 or max(box.x1, box.y1, box.x2, box.y2) > 200:
             return f"box {format_box(box)} lies far outside 0-100"
+        if any(isinstance(value, float) for value in vars(box).values()):
+            return f"box {format_box(box)} has decimals: GeoChat's boxes are whole percents and degrees"
+        if abs(box.theta) > 360:
+            return f"box {format_box(box)} has an angle beyond 360 degrees"
     return None
 
 

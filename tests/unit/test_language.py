@@ -41,14 +41,6 @@ def test_parse_boxes(text, boxes):
     assert parse_boxes(text) == boxes
 
 
-def test_parse_labels():
-    one, two, three = Box(1, 2, 3, 4, 5), Box(6, 7, 8, 9, 0), Box(0, 0, 9, 9, 15)
-    text = f"with <p>2 ships</p> {format_boxes([one, two])} and <p>1 bridge</p> {format_box(three)}, <p>nothing</p>."
-    assert language.parse_labels(text) == [("2 ships", [one, two]), ("1 bridge", [three])]
-    assert language.parse_labels(format_box(one)) == [("", [one])]
-    assert language.parse_labels("none") == []
-
-
 def test_positive_angle_is_counter_clockwise_on_screen():
     """On the screen y points down: the right end of a flat box that turns counter-clockwise rises."""
     flat = Box(20, 45, 80, 55, 30)

@@ -7,7 +7,7 @@ from importlib.metadata import version
 import pytest
 
 from geodistill.evaluate.metrics import box_iou, grounding_ious, match_boxes, score, score_file, summary_table
-from geodistill.language import Box, format_box, format_boxes
+from geodistill.language import Box, format_box, format_boxes, parse_boxes
 
 
 def made(task: str, prediction: str, *references: str, category: str = "", **more: str) -> dict:
@@ -93,7 +93,7 @@ def test_sign_of_the_angle() -> None:
     ],
 )
 def test_bad_boxes_are_misses(text: str) -> None:
-    assert grounding_ious(text, [boxes((0, 0, 50, 50))]) == (0.0, 0.0)
+    assert grounding_ious(text, parse_boxes(boxes((0, 0, 50, 50)))) == (0.0, 0.0)
 
 
 def test_a_box_written_backwards_is_the_same_rectangle() -> None:
@@ -123,18 +123,18 @@ def test_grounding_thresholds_groups_and_means() -> None:
 def test_two_targets_must_all_match_in_any_order() -> None:
     truth = boxes((0, 0, 20, 20), (60, 60, 80, 80, 45))
     swapped = boxes((60, 60, 80, 80, 45), (0, 0, 20, 20))
-    assert grounding_ious(swapped, [truth]) == pytest.approx((1, 1))
+    assert grounding_ious(swapped, parse_boxes(truth)) == pytest.approx((1, 1))
     half = boxes((0, 0, 20, 20), (30, 30, 40, 40))  # one pair at 1, one at 0
-    assert grounding_ious(half, [truth]) == pytest.approx((0, 0.5))
+    assert grounding_ious(half, parse_boxes(truth)) == pytest.approx((0, 0.5))
     twice = boxes((0, 0, 20, 20), (0, 0, 20, 20))  # one target cannot be used twice
-    assert grounding_ious(twice, [truth]) == pytest.approx((0, 0.5))
+    assert grounding_ious(twice, parse_boxes(truth)) == pytest.approx((0, 0.5))
 
 
 def test_a_wrong_number_of_boxes_is_a_miss() -> None:
     truth = boxes((0, 0, 20, 20), (60, 60, 80, 80))
-    assert grounding_ious(boxes((0, 0, 20, 20)), [truth]) == pytest.approx((0, 0.5))
+    assert grounding_ious(boxes((0, 0, 20, 20)), parse_boxes(truth)) == pytest.approx((0, 0.5))
     three = truth + "<delim>" + format_box(Box(0, 60, 20, 80))
-    assert grounding_ious(three, [truth]) == pytest.approx((0, 2 / 3))
+    assert grounding_ious(three, parse_boxes(truth)) == pytest.approx((0, 2 / 3))
     assert score([made("grounding", three, truth)])["grounding"]["acc@0.25"] == 0
 
 
@@ -145,8 +145,17 @@ def test_matching_takes_the_best_pair_first() -> None:
     assert match_boxes(predicted, targets) == pytest.approx([1, 0])
 
 
-def test_any_reference_may_be_met() -> None:
-    assert grounding_ious(boxes((0, 0, 9, 9)), [boxes((50, 50, 60, 60)), boxes((0, 0, 9, 9))]) == pytest.approx((1, 1))
+def test_targets_may_come_in_one_text_or_in_several() -> None:
+    one, other = (50, 50, 60, 60), (0, 0, 9, 9)
+    for task, key in (("grounding", "acc@0.5"), ("detection", "mAP@0.5 OBB")):
+        for references in ([boxes(one, other)], [boxes(one), boxes(other)], ["two ships", boxes(one), boxes(other)]):
+            assert score([made(task, boxes(other, one), *references)])[task][key] == 100
+            assert score([made(task, boxes(other), *references)])[task][key] < 100
+
+
+def test_horizontal_boxes_are_exact() -> None:
+    thin = boxes((10, 10, 11, 18, 90))  # upright it is 8 wide and 1 high, between whole percents
+    assert score([made("detection", thin, thin, category="ship")])["detection"]["mAP@0.5 HBB"] == 100
 
 
 def test_a_truth_without_a_box_is_counted_apart() -> None:
@@ -235,7 +244,7 @@ def test_a_file_of_predictions_is_scored_and_bad_lines_are_set_aside(tmp_path) -
              json.dumps({k: v for k, v in good.items() if k != "prediction"}), 
              json.dumps(good | {"benchmark": "other"})]  # fmt: skip
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
-    result = score_file(tmp_path / "p.jsonl", tmp_path / "out" / "scores.json")
+    result, _ = score_file(tmp_path / "p.jsonl", tmp_path / "out" / "scores.json")
     written = json.loads((tmp_path / "out/scores.json").read_text())
     assert result["test"]["vqa"]["mOA"] == written["other"]["vqa"]["mOA"] == 100
     assert [(bad["line"], bad["field"]) for bad in written["set_aside"]] == [

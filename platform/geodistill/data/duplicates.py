@@ -60,22 +60,16 @@ def find_copies(images: Iterable[Fingerprint], bits: int) -> list[Copy]:
     bits: perceptual hashes that differ in so many of 64 bits at most are alike; below 0: exact copies only.
     """
     ordered = sorted(images, key=lambda image: (ORDER.index(image.split), image.id))
+    alike = _first_alike(np.array([image.phash for image in ordered], np.uint64), bits) if bits >= 0 and ordered else None
     first: dict[str, Fingerprint] = {}
-    copies, single = [], []
-    for image in ordered:
-        known = first.setdefault(image.sha256, image)
-        if known is image:
-            single.append(image)
-        else:
-            copies.append(Copy("exact", image.split, image.id, known.split, known.id, 0))
-    if bits < 0 or len(single) < 2:
-        return copies
-    hashes = np.array([image.phash for image in single], np.uint64)
-    for later, earlier in enumerate(_first_alike(hashes, bits)):
-        if earlier < later:
-            one, other = single[later], single[earlier]
-            differ = (one.phash ^ other.phash).bit_count()
-            copies.append(Copy("perceptual", one.split, one.id, other.split, other.id, differ))
+    copies = []
+    for i, image in enumerate(ordered):
+        same, near = first.setdefault(image.sha256, image), ordered[alike[i]] if alike is not None else image
+        if same is not image and (near is image or near.split == same.split):
+            copies.append(Copy("exact", image.split, image.id, same.split, same.id, 0))
+        elif near is not image:  # the same bytes may be in training, and a near copy of them in the test
+            differ = (image.phash ^ near.phash).bit_count()
+            copies.append(Copy("perceptual", image.split, image.id, near.split, near.id, differ))
     return copies
 
 

@@ -6,9 +6,10 @@ import warnings
 import numpy as np
 import rasterio
 from PIL import Image
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
-from geodistill.data.record import BadRecord, open_image
+from geodistill.data.record import BadRecord
 
 PERCENTILES = (2.0, 98.0)
 _EIGHT_BIT = ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LA")
@@ -24,16 +25,23 @@ def stretch(band_HW: np.ndarray, valid_HW: np.ndarray) -> np.ndarray:
     return np.where(valid_HW, np.clip(np.nan_to_num(scaled), 0, 255), 0).astype(np.uint8)
 
 
+def _deep(image: Image.Image, data: bytes) -> bool:
+    """Has it more than 8 bits a band, of which Pillow would keep the upper ones?"""
+    if isinstance(image, TiffImageFile):
+        return max(image.tag_v2.get(BITSPERSAMPLE, (1,))) > 8
+    return image.format == "PNG" and data[24] > 8  # the bit depth in its header
+
+
 def displayable(data: bytes, record: str, bands: list[int]) -> tuple[bytes, int, int]:
     """(encoded image that Pillow shows truly, width, height in pixels).
 
-    8-bit images of one to four bands stay as they are. Others (16 bits, floats, more bands) are read by rasterio: the bands
-    with the numbers `bands` (from 1; none: the first three, or the first), each stretched on its own, as PNG.
-    Raises BadRecord.
+    8-bit images that Pillow shows stay as they are. Others (16 bits, floats, more bands) are read by rasterio: the bands
+    with the numbers `bands` (from 1; none: the first three, or the first) as PNG, each stretched on its own unless it has
+    8 bits. Raises BadRecord.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.mode in _EIGHT_BIT and not bands:
+            if image.mode in _EIGHT_BIT and not bands and not _deep(image, data):
                 return data, image.width, image.height
     except Image.DecompressionBombError as error:
         raise BadRecord(record, "image", f"cannot be decoded ({error})") from error
@@ -53,7 +61,10 @@ def displayable(data: bytes, record: str, bands: list[int]) -> tuple[bytes, int,
             raise
         raise BadRecord(record, "image", "cannot be decoded (not an image that Pillow or GDAL knows)") from error
     valid = ~np.ma.getmaskarray(read) & np.isfinite(read.data)
-    shown = [stretch(band, mask) for band, mask in zip(read.data, valid, strict=True)]
+    shown = [
+        np.where(mask, band, 0).astype(np.uint8) if band.dtype == np.uint8 else stretch(band, mask)
+        for band, mask in zip(read.data, valid, strict=True)
+    ]
     picture = Image.fromarray(shown[0] if len(shown) == 1 else np.stack((shown * 3)[:3] if len(shown) == 2 else shown[:3], -1))
     return encode(picture), picture.width, picture.height
 
@@ -63,8 +74,3 @@ def encode(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=3)
     return buffer.getvalue()
-
-
-def part(data: bytes, record: str, box: tuple[int, int, int, int]) -> bytes:
-    """The part (x1, y1, x2, y2 in pixels) of an encoded image as PNG. Raises BadRecord."""
-    return encode(open_image(data, record).crop(box))

@@ -52,12 +52,18 @@ def prepare(config: Config, parallel: bool) -> dict:
     if exists(files, MANIFEST):
         manifest = load_manifest(data.shards)
         _same_settings(manifest["settings"], settings, data.shards)
-        if all(exists(files, shard["file"]) for split in manifest["splits"].values() for shard in split["shards"]):
+        shards = [shard for part in manifest["splits"].values() for shard in part["shards"]]
+        infos = files.get_file_info([shard["file"] for shard in shards])
+        if [info.size for info in infos] == [shard["bytes"] for shard in shards]:
             print(f"shards are there already: {data.shards}", flush=True)
             if not exists(files, "tokenizer/tokenizer.json"):
                 _save_tokenizer(config, manifest)
             return manifest
+        files.delete_file(MANIFEST)  # a shard is gone or cut short: the data set is not whole until all of it is there again
     items = open_source(data).items()
+    unread = next((item for item in items if item.ref.get("field") == "file"), None)
+    if unread and data.max_rejected < 1:
+        raise ValueError(f"{unread.ref['reason']}; or set data.max_rejected=1 to go on without that file")
     _need_images(Counter(item.split for item in items), data)
     infos = _make_all(_plans(items, data), data, parallel)
     rejected = [bad for info in infos for bad in info["rejected"]]

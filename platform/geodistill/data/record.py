@@ -47,6 +47,10 @@ class BadRecord(ValueError):
         self.record, self.field, self.reason = record, field, reason
 
 
+class NothingToAsk(BadRecord):
+    """An image without an object: listed with the others, and not an error of the data."""
+
+
 @dataclass
 class Conversation:
     """One line of talk about an image: `turns` of (question, answer); an answer of None is an unlabelled prompt.
@@ -123,6 +127,12 @@ def open_image(data: bytes, record: str) -> Image.Image:
         raise BadRecord(record, "image", f"cannot be decoded ({error})") from error
 
 
+def check_text(text: str) -> str | None:
+    """The reason why a question or an answer cannot be used, or None."""
+    special = next((token for token in (IMAGE, BOS, EOS, PAD) if token in text), None)
+    return f"holds the special token {special}" if special else check_boxes(text)
+
+
 def validate(record: ImageRecord) -> ImageRecord:
     """Return the record unchanged if it can be trained on; raise BadRecord with the field and the reason otherwise."""
     if not record.id:
@@ -146,8 +156,7 @@ def validate(record: ImageRecord) -> ImageRecord:
             if answer is not None and not answer.strip():
                 raise BadRecord(record.id, f"{where}.turns[{j}].answer", "is empty")
             for name, text in (("question", question), ("answer", answer or "")):
-                special = [token for token in (IMAGE, BOS, EOS, PAD) if token in text]
-                reason = f"holds the special token {special[0]}" if special else check_boxes(text)
+                reason = check_text(text)
                 if reason:
                     raise BadRecord(record.id, f"{where}.turns[{j}].{name}", reason)
     return record

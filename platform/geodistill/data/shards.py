@@ -24,7 +24,7 @@ from pyarrow import fs
 
 from geodistill.data.duplicates import fingerprint
 from geodistill.data.files import exists, open_folder, read_json, sha256_of, writing
-from geodistill.data.record import SCHEMA, SCHEMA_VERSION, BadRecord, ImageRecord, validate
+from geodistill.data.record import SCHEMA, SCHEMA_VERSION, BadRecord, ImageRecord, NothingToAsk, validate
 from geodistill.data.sources import Item, Source
 
 MANIFEST = "manifest.json"
@@ -37,6 +37,7 @@ class ShardInfo(TypedDict):
     """
 
     file: str
+    bytes: int
     images: int
     conversations: int
     tasks: dict[str, int]
@@ -63,6 +64,7 @@ def write_shard(source: Source, items: Iterable[Item], folder: str | Path, name:
     counts: list[int] = []
     rejected: list[dict[str, str]] = []
     lost = 0
+    background: set[str] = set()
     fingerprints: list[list[str]] = []
 
     def good_rows() -> Iterator[pa.Table]:
@@ -72,7 +74,7 @@ def write_shard(source: Source, items: Iterable[Item], folder: str | Path, name:
             for row in rows_of(item):
                 made += 1
                 yield row
-            lost += 0 if made else item.records
+            lost += 0 if made or item.id in background else item.records
 
     def rows_of(item: Item) -> Iterator[pa.Table]:
         try:
@@ -92,6 +94,8 @@ def write_shard(source: Source, items: Iterable[Item], folder: str | Path, name:
             set_aside(item, error if isinstance(error, BadRecord) else unforeseen)
 
     def set_aside(item: Item, bad: BadRecord) -> None:
+        if isinstance(bad, NothingToAsk):
+            background.add(item.id)
         file = str(item.ref.get("file", ""))
         rejected.append({"file": file, "record": bad.record, "field": bad.field, "reason": bad.reason})
 
@@ -101,6 +105,7 @@ def write_shard(source: Source, items: Iterable[Item], folder: str | Path, name:
             counts.append(len(rows))
     return {
         "file": name,
+        "bytes": files.get_file_info(name).size,
         "images": sum(counts),
         "conversations": tasks.total(),
         "tasks": dict(sorted(tasks.items())),
@@ -133,6 +138,7 @@ def leave_out(folder: str | Path, info: ShardInfo, ids: set[str], images_per_gro
     tasks = Counter(conversation["task"] for row in table["conversations"].to_pylist() for conversation in row)
     return {
         **info,
+        "bytes": files.get_file_info(info["file"]).size,
         "images": len(table),
         "conversations": tasks.total(),
         "tasks": dict(sorted(tasks.items())),

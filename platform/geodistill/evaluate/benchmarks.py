@@ -140,6 +140,7 @@ def evaluate(config: Config) -> dict[str, dict]:
         if file.is_file() and asked.is_file() and json.loads(asked.read_text()) == digest:
             print(f"[evaluate] {name}: answered before, in {file}", flush=True)
         else:
+            asked.unlink(missing_ok=True)  # killed while writing, the answers must not pass for those of other settings
             predictions = answer(config, name, model)
             file.write_text("".join(json.dumps(p) + "\n" for p in predictions))
             asked.write_text(json.dumps(digest))

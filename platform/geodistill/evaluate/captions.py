@@ -66,6 +66,11 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(token for token in _TOKENIZER.tokenize(text.lower()) if any(c.isalnum() for c in token))
 
 
+def _joined(text: str) -> str:
+    """The words with spaces between; a text without any is one mark, because the library fails on nothing at all."""
+    return " ".join(words(text)) or "-"
+
+
 def rouge(prediction: str, references: list[str]) -> tuple[float, float]:
     """ROUGE-1 and ROUGE-L F of one text, 0-100, each the maximum over the references; no stemming."""
     best = _ROUGE.score_multi(references, prediction)
@@ -83,7 +88,7 @@ def bleu4(predictions: list[str], references: list[list[str]]) -> float:
     """BLEU-4 of a corpus, 0-100: geometric mean of clipped 1- to 4-gram precisions, brevity penalty with the closest length."""
     scorer = BleuScorer(n=4)
     for said, accepted in zip(predictions, references, strict=True):
-        scorer += (" ".join(words(said)), [" ".join(words(r)) for r in accepted])
+        scorer += (_joined(said), [_joined(r) for r in accepted])
     scores, _ = scorer.compute_score(option="closest", verbose=0)
     return 100.0 * scores[3]
 
@@ -91,8 +96,8 @@ def bleu4(predictions: list[str], references: list[list[str]]) -> float:
 def cider(predictions: list[str], references: list[list[str]]) -> float:
     """CIDEr-D of a corpus, times 100 (not bounded by 100): tf-idf weighted 1- to 4-gram likeness, document frequencies from
     the references of this corpus, so figures of different corpora cannot be compared; 0 for a corpus of one."""
-    gts = {i: [" ".join(words(r)) for r in accepted] for i, accepted in enumerate(references)}
-    res = {i: [" ".join(words(said))] for i, said in enumerate(predictions)}
+    gts = {i: [_joined(r) for r in accepted] for i, accepted in enumerate(references)}
+    res = {i: [_joined(said)] for i, said in enumerate(predictions)}
     score, _ = Cider().compute_score(gts, res)
     return 100.0 * float(score)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from geodistill.evaluate.captions import meteor, rouge
-from geodistill.evaluate.metrics import boxes_of, counts_in_moa, grounding_ious, is_right, normalise
+from geodistill.evaluate.metrics import counts_in_moa, grounding_ious, is_right, normalise, targets_of
 from geodistill.evaluate.tables import ABSENT, Table
 
 RESAMPLES = 2000
@@ -60,8 +60,8 @@ def _figures(p: dict, counter_clockwise: bool) -> dict[str, float]:
         return dict.fromkeys(("OA", "AA"), 100.0 * is_right(said, truth))
     if p["task"] == "vqa":
         return {"mOA": 100.0 * is_right(said, truth)} if counts_in_moa(p) else {}
-    if p["task"] == "grounding" and any(map(boxes_of, truth)):
-        weakest, _ = grounding_ious(said, truth, counter_clockwise)
+    if p["task"] == "grounding" and targets_of(p):
+        weakest, _ = grounding_ious(said, targets_of(p), counter_clockwise)
         return {f"acc@{at}": 100.0 * (weakest >= at) for at in (0.5, 0.25)}
     if p["task"] in ("captioning", "region_captioning"):
         one, longest = rouge(said, truth)

@@ -83,7 +83,7 @@ def scene_classification(predictions: list[dict]) -> dict:
 
 def counts_in_moa(p: dict) -> bool:
     """Is a VQA answer part of mOA? In RSVQA's benchmarks counts and areas are not: published figures leave them out."""
-    return not (_RSVQA.search(p["benchmark"]) and p["category"] in ("count", "area"))
+    return not (_RSVQA.search(p["benchmark"]) and p["category"].lower() in ("count", "area"))
 
 
 def vqa(predictions: list[dict]) -> dict:
@@ -140,16 +140,19 @@ def match_boxes(predicted: list[Box], targets: list[Box], counter_clockwise: boo
     return matched
 
 
-def grounding_ious(prediction: str, references: list[str], counter_clockwise: bool = True) -> tuple[float, float]:
-    """(weakest, mean) IoU, 0-1, of an answer under the rule of `grounding`; with several references, the best of each."""
+def targets_of(p: dict) -> list[Box]:
+    """Every box that a prediction should hold: those of all its references."""
+    return [box for reference in p["references"] for box in boxes_of(reference)]
+
+
+def grounding_ious(prediction: str, targets: list[Box], counter_clockwise: bool = True) -> tuple[float, float]:
+    """(weakest, mean) IoU, 0-1, of an answer under the rule of `grounding`."""
     predicted = boxes_of(prediction)
-    weakest, mean = 0.0, 0.0
-    for targets in filter(None, map(boxes_of, references)):
-        ious = match_boxes(predicted, targets, counter_clockwise)
-        if len(predicted) == len(targets):
-            weakest = max(weakest, min(ious))
-        mean = max(mean, sum(ious) / max(len(predicted), len(targets)))
-    return weakest, mean
+    if not predicted or not targets:
+        return 0.0, 0.0
+    ious = match_boxes(predicted, targets, counter_clockwise)
+    weakest = min(ious) if len(predicted) == len(targets) else 0.0
+    return weakest, sum(ious) / max(len(predicted), len(targets))
 
 
 def grounding(predictions: list[dict], counter_clockwise: bool = True) -> dict:
@@ -158,13 +161,13 @@ def grounding(predictions: list[dict], counter_clockwise: bool = True) -> dict:
     Rule: predicted and target boxes are matched one to one, greedily by falling polygon IoU in percent coordinates.
     An answer is right at a threshold if it holds as many boxes as there are targets and every pair reaches the threshold.
     The IoU of a sample is the sum over its pairs divided by the larger of the two numbers of boxes, so a box that is
-    missing or too many counts as 0. An answer without a box is a miss (counted in `without_box`). References are
-    alternatives; each holds all targets of the sample.
+    missing or too many counts as 0. An answer without a box is a miss (counted in `without_box`). The targets are the boxes
+    of all references, in one text or in several.
     """
     groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
     ious = []
     for p in predictions:
-        ious.append(grounding_ious(p["prediction"], p["references"], counter_clockwise))
+        ious.append(grounding_ious(p["prediction"], targets_of(p), counter_clockwise))
         if p.get("size_group"):
             groups[p["size_group"]].append(ious[-1])
 
@@ -181,9 +184,9 @@ def grounding(predictions: list[dict], counter_clockwise: bool = True) -> dict:
 
 
 def horizontal(found: Box, counter_clockwise: bool = True) -> Box:
-    """The upright rectangle around an oriented box, rounded to whole percents."""
+    """The upright rectangle around an oriented box."""
     xs, ys = zip(*box_corners(found, 100, 100, counter_clockwise), strict=True)
-    return Box(round(min(xs)), round(min(ys)), round(max(xs)), round(max(ys)))
+    return Box(min(xs), min(ys), max(xs), max(ys))
 
 
 def detection(predictions: list[dict], counter_clockwise: bool = True) -> dict:
@@ -197,7 +200,7 @@ def detection(predictions: list[dict], counter_clockwise: bool = True) -> dict:
     for name in ("OBB", "HBB"):
         counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])  # right, predicted, true
         for p in predictions:
-            found, targets = boxes_of(p["prediction"]), boxes_of(p["references"][0])
+            found, targets = boxes_of(p["prediction"]), targets_of(p)
             if name == "HBB":
                 found, targets = ([horizontal(b, counter_clockwise) for b in boxes] for boxes in (found, targets))
             right = sum(iou >= 0.5 for iou in match_boxes(found, targets, counter_clockwise))
@@ -292,14 +295,22 @@ def read_predictions(file: Path) -> tuple[list[dict], list[dict]]:
     """
     if not file.is_file():
         raise ValueError(f"predictions={file} does not exist; give a file of JSON lines, one prediction a line")
+    try:
+        lines = file.read_text("utf-8-sig").split("\n")  # not splitlines: texts may hold other ends of lines
+    except UnicodeDecodeError as error:
+        raise ValueError(f"predictions={file} is not UTF-8 ({error}); save it as UTF-8") from error
     found, bad = [], []
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             raw = json.loads(line)
         except ValueError as error:
             bad.append({"line": number, "field": "", "reason": f"is not JSON ({error})"})
             continue
         raw = raw if isinstance(raw, dict) else {}
+        raw |= {k: str(raw[k]) for k in ("id", "benchmark") if isinstance(raw.get(k), int)}
+        raw |= {k: "" if raw.get(k) is None else str(raw[k]) for k in ("category", "question", "size_group")}
         wrong = [k for k, kind in COLUMNS.items() if not isinstance(raw.get(k), kind)]
         if wrong:
             bad.append({"line": number, "field": wrong[0], "reason": f"is missing or no {COLUMNS[wrong[0]].__name__}"})
@@ -323,10 +334,10 @@ def by_benchmark(predictions: list[dict]) -> dict[str, list[dict]]:
     return dict(found)
 
 
-def score_file(file: Path, output: Path, counter_clockwise: bool = True) -> dict:
-    """Score existing predictions, each benchmark by itself, and write {benchmark: figures, "set_aside": [...]} to `output`."""
+def score_file(file: Path, output: Path, counter_clockwise: bool = True) -> tuple[dict, list[dict]]:
+    """Score existing predictions, each benchmark by itself: (benchmark -> figures, what is set aside), both in `output`."""
     predictions, bad = read_predictions(file)
     result: dict = {name: score(found, counter_clockwise) for name, found in by_benchmark(predictions).items()}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result | {"set_aside": bad}, indent=1))
-    return result
+    return result, bad

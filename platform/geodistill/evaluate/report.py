@@ -85,7 +85,7 @@ def verdict(question: str, truth: str, answer: str, counter_clockwise: bool = Tr
     A truth that is boxes alone: the rule of `metrics.grounding` at IoU 0.25; a short answer: equal after normalisation.
     """
     if truth.lstrip().startswith("{") and boxes_of(truth):
-        weakest, mean = grounding_ious(answer, [truth], counter_clockwise)
+        weakest, mean = grounding_ious(answer, boxes_of(truth), counter_clockwise)
         return f"IoU {mean:.2f}", weakest >= 0.25
     if SHORT_ANSWER in question:
         return "", is_right(answer, [truth])

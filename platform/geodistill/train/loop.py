@@ -2,6 +2,7 @@
 
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +57,7 @@ def build(config: Config, stage: Stage):
         student, processor = assemble.load(start)
     else:
         brings = stage.teacher or config.teacher.model.init
-        source = brings or download(config.data.shards, "tokenizer", Path(stage.folder) / "shards-tokenizer")
+        source = brings or download(config.data.shards, "tokenizer", Path(tempfile.mkdtemp()))
         tokenizer = assemble.load_tokenizer(source)
         student = assemble.new_model(sizes, tokenizer)
         vision = student.config.vision_config

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from pyarrow import fs
 
 from geodistill.config import DataConfig
-from geodistill.data.files import open_folder
+from geodistill.data.files import exists, open_folder, read_json
 from geodistill.data.imagery import displayable
 from geodistill.data.record import BadRecord, Conversation, ImageRecord
 from geodistill.language import SENSOR_TAGS
@@ -60,22 +60,17 @@ class Root:
         if not there:
             raise ValueError(f"data.root={data.root} is not a folder; set data.root to the folder of the raw data set")
 
-    def list(self, suffixes: Iterable[str] = IMAGE_SUFFIXES, folder: str = "") -> list[str]:
-        """Every file below `folder` with one of the suffixes (lower case), in order of path; hidden ones are left out."""
+    def list(self, suffixes: Iterable[str] = IMAGE_SUFFIXES) -> list[str]:
+        """Every file with one of the suffixes (lower case), in order of path; hidden ones are left out."""
         wanted = tuple(suffixes)
         if "://" in self.uri:
-            selector = fs.FileSelector(folder, allow_not_found=True, recursive=True)
+            selector = fs.FileSelector("", allow_not_found=True, recursive=True)
             paths = [info.path for info in self.files.get_file_info(selector) if info.type != fs.FileType.Directory]
         else:  # pyarrow leaves out links that lead nowhere; they are to be set aside, with their reason
             top = Path(self.uri)
-            found = os.walk(top / folder, followlinks=True)
+            found = os.walk(top, followlinks=True)
             paths = [Path(here, name).relative_to(top).as_posix() for here, _, names in found for name in names]
         return sorted(p for p in paths if p.lower().endswith(wanted) and not any(part.startswith(".") for part in p.split("/")))
-
-    def find(self, *names: str) -> str | None:
-        """The first of `names` that is there."""
-        infos = self.files.get_file_info(list(names))
-        return next((info.path for info in infos if info.type != fs.FileType.NotFound), None)
 
     def read(self, path: str) -> bytes:
         """The bytes of a file. Raises OSError."""
@@ -186,13 +181,15 @@ def new_record(
 def annotations_json(data: DataConfig, root: Root) -> Any:
     """The JSON of the file data.annotations, absolute or below data.root. Raises ValueError with the remedy."""
     name = data.annotations
-    there = Path(name).is_file() if Path(name).is_absolute() else root.find(name) is not None
-    if not there:
+    folder, _, file = name.rpartition("/")
+    files = open_folder(folder or "/") if "://" in name or name.startswith("/") else root.files
+    file = name if files is root.files else file
+    if not exists(files, file):
         raise ValueError(
             f"data.annotations={name}: {name} does not exist; give a path that is absolute or below data.root={root.uri}"
         )
     try:
-        return json.loads(Path(name).read_bytes() if Path(name).is_absolute() else root.read(name))
+        return read_json(files, file)
     except ValueError as error:
         raise ValueError(f"data.annotations={name} is not JSON ({error}); get the file again") from error
 

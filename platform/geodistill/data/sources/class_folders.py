@@ -7,6 +7,7 @@ data.annotations may add human captions and questions: a JSON list of
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 
 from geodistill.config import DataConfig
@@ -49,7 +50,7 @@ class ClassFolders:
     def items(self) -> list[Item]:
         """One item an image, in order of path, then one for each unusable annotation. ValueError: no image, no annotations."""
         files = self.root.list()
-        tops = sorted({"/".join(file.split("/")[:-2]) for file in files if "/" in file})
+        tops = [top for top, _ in Counter("/".join(file.split("/")[:-2]) for file in files if "/" in file).most_common()]
         if not tops:
             raise ValueError(
                 f"no image found as data.root={self.data.root}/<Class>/<image> ({', '.join(IMAGE_SUFFIXES)}); "

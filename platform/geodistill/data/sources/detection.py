@@ -19,7 +19,7 @@ from shapely.geometry.base import BaseGeometry
 
 from geodistill.config import DataConfig
 from geodistill.data.imagery import encode
-from geodistill.data.record import BadRecord, Conversation, ImageRecord, open_image
+from geodistill.data.record import BadRecord, Conversation, ImageRecord, NothingToAsk, open_image
 from geodistill.data.sources.base import IMAGE_SUFFIXES, Item, Root, new_record, read_image, split_of
 from geodistill.language import GROUNDING, IDENTIFY, REFER, Box, box_from_corners, check_boxes, format_box, format_boxes
 
@@ -117,7 +117,7 @@ class DetectionSource:
             elif isinstance(found, Object):
                 objects.append((i, found))
         if all(found.difficult for _, found in objects):
-            raise BadRecord(item.id, "objects", "is empty or all difficult: there is nothing to ask for")
+            raise NothingToAsk(item.id, "objects", "is empty or all difficult: there is nothing to ask for")
         side = self.data.tile
         places = tiles(width, height, side, self.data.tile_overlap) if side and max(width, height) > side else []
         picture = open_image(image, item.id) if places else None
@@ -130,9 +130,9 @@ class DetectionSource:
                     continue
                 reason = check_boxes(format_box(shown.box))
                 if reason:
-                    yield BadRecord(item.id, f"objects[{i}]", f"{reason}: too small for a tile of this size; lower data.tile")
-                else:
-                    seen.append(shown)
+                    remedy = "lower data.tile" if side else "set data.tile"
+                    yield BadRecord(item.id, f"objects[{i}]", f"{reason}: too small for a tile of this size; {remedy}")
+                seen.append(replace(shown, difficult=shown.difficult or bool(reason)))  # no phrase may fit it either
             if not any(not s.difficult for s in seen):
                 continue
             name = f"{item.id}#{','.join(map(str, place))}" if places else item.id

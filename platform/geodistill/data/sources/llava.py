@@ -10,9 +10,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from geodistill.config import DataConfig
-from geodistill.data.record import BadRecord, Conversation, ImageRecord
+from geodistill.data.record import BadRecord, Conversation, ImageRecord, check_text
 from geodistill.data.sources.base import ImageIndex, Item, Root, bad_item, new_record, read_annotations, read_image, split_of
-from geodistill.language import GROUNDING, IDENTIFY, IMAGE, REFER, check_boxes, parse_boxes
+from geodistill.language import GROUNDING, IDENTIFY, IMAGE, REFER, parse_boxes
 
 # task token -> (task, category)
 _TOKENS = {
@@ -50,7 +50,7 @@ def conversation_of(raw: dict, record: str) -> Conversation:
         value = message.get("value")
         text = value if isinstance(value, str) else ""
         text = (text.replace(IMAGE, "", 1) if i == 0 else text).strip()
-        reason = "is empty" if not text else f"holds another {IMAGE}" if IMAGE in text else check_boxes(text)
+        reason = "is empty" if not text else f"holds another {IMAGE}" if IMAGE in text else check_text(text)
         if reason:
             raise BadRecord(record, f"{where}.value", reason)
         texts.append(text)
