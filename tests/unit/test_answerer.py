@@ -17,7 +17,7 @@ TEACHER = Path(__file__).parents[2] / "configs" / "demo-teacher"
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("answers")
-    made = load(None, [f"run={folder}", "data.train=8", "data.val=8", "data.test=16", f"teacher.model.init={TEACHER}"])
+    made = load(None, [f"run={folder}", "data.train=8", "data.val=8", "data.test=8", f"teacher.model.init={TEACHER}"])
     prepare(made, parallel=False)
     return made
 
@@ -29,11 +29,12 @@ def answers(config, manifest_groups, **options) -> list[dict]:
     return json.loads(row["predictions"])
 
 
+@pytest.mark.timeout(300)
 def test_the_batch_size_does_not_change_answers(config):
-    """Token for token: a prediction is the text of its tokens, and the texts of 16 images' questions are equal."""
+    """Token for token: a prediction is the text of its tokens, and the texts of 8 images' questions are equal."""
     found = groups(json.loads((Path(config.data.shards) / "manifest.json").read_text()), "test")
     one = answers(config, found, images_per_batch=1, questions_per_row=1)
-    assert len(one) > 100 and len({p["prediction"] for p in one}) > 25 and len({p["id"] for p in one}) == 16
+    assert len(one) > 50 and len({p["prediction"] for p in one}) > 15 and len({p["id"] for p in one}) == 8
     for images, questions in ((16, 1), (16, 8)):
         assert answers(config, found, images_per_batch=images, questions_per_row=questions) == one
 

@@ -83,3 +83,8 @@ def test_captioning_by_size_and_its_libraries() -> None:
 
 def test_words_are_those_of_the_coco_evaluation() -> None:
     assert words("There's 1 T-shaped, small ship (docked).") == ("there", "'s", "1", "t-shaped", "small", "ship", "docked")
+
+
+def test_texts_without_a_word_do_not_stop_the_others():
+    said = [{"prediction": "", "references": ["."]}, {"prediction": "a ship", "references": ["a ship", ""]}]
+    assert captioning(said)["ROUGE-L"] == pytest.approx(50)

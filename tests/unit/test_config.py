@@ -165,3 +165,20 @@ def test_changed_settings_are_checked_too():
         changed(config, ["distill.loss.alpha=2"])
     with pytest.raises(ConfigError, match="unknown key"):
         changed(config, ["distill.loss.alhpa=0.5"])
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("run=s3://bucket/run", "run must be a folder or file of this machine"),
+        ("data.bands=[1,", "cannot be read"),
+        ("data.bands=[0]", "bands count from 1"),
+        ("evaluate.models={}", "evaluate.models is empty"),
+        ("data.tile=100", "data.tile_overlap=100 must be less than data.tile=100"),
+        ("data.min_visible=3", "data.min_visible=3.0 must lie above 0"),
+        ("evaluate.images_per_batch=0", "evaluate.images_per_batch must be at least 1"),
+    ],
+)
+def test_settings_that_would_fail_later_are_refused_now(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load(None, [override])

@@ -81,6 +81,16 @@ def test_perceptual_search_equals_comparing_all_pairs(bits):
     assert found == expected and found
 
 
+def test_a_copy_of_a_near_copy_leaks_too():
+    jpeg = encoded(scene(0), "JPEG", quality=60)
+    images = [seen("test", "original", encoded(scene(0))), seen("train", "one", jpeg), seen("train", "two", jpeg)]
+    assert {copy.id: (copy.kind, copy.leaks) for copy in find_copies(images, 4)} == dict.fromkeys(
+        ("one", "two"), ("perceptual", True)
+    )
+    assert {copy.id: (copy.kind, copy.leaks) for copy in find_copies(images[1:], 4)} == {"two": ("exact", False)}
+    assert find_copies([], 4) == []
+
+
 def test_what_leaks():
     same = {"sha256": "x", "phash": 0}
     pairs = {("train", "test"): True, ("val", "test"): True, ("unlabelled", "val"): True, ("train", "train"): False,

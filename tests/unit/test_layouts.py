@@ -14,7 +14,7 @@ from rasterio.crs import CRS
 from shapely import Polygon, box
 
 from geodistill.config import DataConfig
-from geodistill.data.imagery import stretch
+from geodistill.data.imagery import displayable, stretch
 from geodistill.data.sources import open_source
 from geodistill.data.sources.detection import tiles
 from geodistill.language import SHORT_ANSWER, box_corners, parse_boxes
@@ -364,6 +364,26 @@ def test_geochat_bench_files_that_cannot_be_read_are_set_aside(bench):
     }
     assert "is none of referring" in aside["my.jsonl"]["file"] and "is not JSON" in aside["GeoChat-Bench/hrben.jsonl"]["file"]
     assert [list(aside[f"aid[{i}]"]) for i in range(2)] == [["record"], ["record"]]
+
+
+def deep(kind: str, pixels: np.ndarray) -> bytes:
+    """RGB of 16 or 8 bits as TIFF of either photometry, or PNG."""
+    driver, more = ("PNG", {}) if kind == "png" else ("GTiff", {"photometric": kind})
+    with rasterio.MemoryFile() as memory:
+        with memory.open(driver=driver, width=32, height=32, count=3, dtype=pixels.dtype, **more) as raster:
+            raster.write(pixels)
+        return memory.read()
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+@pytest.mark.parametrize("kind", ["rgb", "minisblack", "png"])
+def test_sixteen_bits_are_stretched_and_eight_are_not_whatever_the_tags_say(kind):
+    dark = np.random.default_rng(0).integers(200, 2000, (3, 32, 32)).astype(np.uint16)
+    shown = np.asarray(Image.open(io.BytesIO(displayable(deep(kind, dark), "a", [])[0])))
+    assert shown.shape == (32, 32, 3) and shown.max() == 255 and 100 < shown.mean() < 155
+    plain = (dark // 10).astype(np.uint8)
+    kept = np.asarray(Image.open(io.BytesIO(displayable(deep(kind, plain), "a", [])[0])).convert("RGB"))
+    assert np.array_equal(kept, plain.transpose(1, 2, 0))
 
 
 # --- detection

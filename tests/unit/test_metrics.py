@@ -257,3 +257,17 @@ def test_a_file_of_predictions_is_scored_and_bad_lines_are_set_aside(tmp_path) -
     for name, message in (("gone", "does not exist"), ("empty", "nothing that can be scored")):
         with pytest.raises(ValueError, match=message):
             score_file(tmp_path / f"{name}.jsonl", tmp_path / "x.json")
+
+
+def test_lines_as_other_programs_write_them(tmp_path, capsys) -> None:
+    """A mark at the head, blank lines, numbers as ids, no category, other ends of lines inside a text."""
+    good = made("vqa", "yes\u2028indeed", "yes\u2028indeed") | {"id": 7, "category": None, "size_group": 3}
+    text = json.dumps(good, ensure_ascii=False)
+    (tmp_path / "p.jsonl").write_text(f"\ufeff{text}\r\n\n{text}\n", encoding="utf-8")
+    result, bad = score_file(tmp_path / "p.jsonl", tmp_path / "s.json")
+    assert result["test"]["vqa"]["samples"] == 2 and result["test"]["vqa"]["mOA"] == 100 and bad == []
+    (tmp_path / "l.jsonl").write_bytes("é".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"l\.jsonl is not UTF-8"):
+        score_file(tmp_path / "l.jsonl", tmp_path / "s.json")
+    decimals = made("grounding", "{<10.5><10><20.5><20>|<0>}", "{<10.5><10><20.5><20>}")
+    assert score([decimals])["grounding"]["acc@0.5"] == 100

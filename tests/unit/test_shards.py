@@ -112,6 +112,23 @@ def test_finished_shards_are_recognised(tmp_path, capsys):
     assert prepare(settings(tmp_path), parallel=False) == manifest
 
 
+def test_a_shard_that_was_cut_short_is_made_again_and_the_set_is_not_whole_until_then(tmp_path, monkeypatch):
+    whole = prepare(settings(tmp_path), parallel=False)
+    shard = tmp_path / "data" / "train-00000.parquet"
+    shard.write_bytes(shard.read_bytes()[:100])
+    make = synthetic.make_record
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(synthetic, "make_record", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(settings(tmp_path), parallel=False)
+    assert not (tmp_path / "data" / "manifest.json").exists()
+    monkeypatch.setattr(synthetic, "make_record", make)
+    assert prepare(settings(tmp_path), parallel=False)["splits"] == whole["splits"]
+
+
 def test_interrupted_run_goes_on(tmp_path, capsys, monkeypatch):
     whole = prepare(settings(tmp_path / "whole"), parallel=False)
     make, left = synthetic.make_record, [12]
