@@ -203,6 +203,7 @@ def stream(
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
+    context.memory_usage_poll_interval_s = None  # reading a process's memory map each second costs data tasks a few per cent
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     items = [{"groups": json.dumps([(place, vars(order[place])) for place in places])} for places in planned]
 
