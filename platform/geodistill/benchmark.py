@@ -9,7 +9,6 @@ import json
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -26,6 +25,7 @@ from geodistill.data import synthetic
 from geodistill.data.files import absolute_path
 from geodistill.data.prepare import prepare
 from geodistill.data.record import CLIP_MEAN, ImageRecord
+from geodistill.data.rows import Packer
 from geodistill.data.shards import groups, load_manifest, read_group
 from geodistill.data.stream import PackerSpec, new_packer, stream
 from geodistill.language import IMAGE
@@ -161,12 +161,13 @@ class Beside:
     """The plain loop in a thread, over and over while a `with` lasts: on another core, but at the speed of the same moment,
     because the speed of a shared machine drifts by more than the difference that is looked for.
 
-    plain, plain_array: CPU milliseconds of this thread an image, without and with np.asarray of it; plain_wall: by the clock.
+    plain, plain_array: CPU milliseconds of this thread an image, without and with np.asarray of it; plain_wall: by the clock;
+    tokens: of tokenising its questions.
     """
 
-    def __init__(self, records: list[ImageRecord], size: int):
-        self.records, self.size, self.end = records, size, threading.Event()
-        self.images, self.loop, self.array, self.wall = 0, 0.0, 0.0, 0.0
+    def __init__(self, records: list[ImageRecord], packer: Packer, size: int):
+        self.records, self.packer, self.size, self.end = records, packer, size, threading.Event()
+        self.images, self.loop, self.array, self.asked, self.wall = 0, 0.0, 0.0, 0.0, 0.0
 
     def _run(self) -> None:
         while True:
@@ -175,8 +176,9 @@ class Beside:
                     return
                 image, wall, cpu = timed(next, plain_loop([record], self.size))
                 _, _, array = timed(np.asarray, image)
-                self.images, self.loop, self.array = self.images + 1, self.loop + cpu, self.array + array
-                self.wall += wall
+                _, _, asked = timed(self.packer.questions, record.id, record.conversations)
+                self.images, self.loop, self.wall = self.images + 1, self.loop + cpu, self.wall + wall
+                self.array, self.asked = self.array + array, self.asked + asked
 
     def __enter__(self) -> "Beside":
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -186,7 +188,7 @@ class Beside:
     def __exit__(self, *error: object) -> None:
         self.end.set()
         self.thread.join()
-        self.plain, self.plain_wall = (1000 * seconds / self.images for seconds in (self.loop, self.wall))
+        self.plain, self.plain_wall, self.tokens = (1000 * s / self.images for s in (self.loop, self.wall, self.asked))
         self.plain_array = self.plain + 1000 * self.array / self.images
 
 
@@ -212,13 +214,11 @@ def one_round(config: Config, spec: PackerSpec, records: list[ImageRecord], imag
     """Rates (images/s per core), CPU milliseconds an image, and ratios of the plain loop's cost to the stream's.
 
     The stream's cost is the CPU time of the processes that ran its data tasks, with all that Ray does in them; tokenisation,
-    which the plain loop does not do, is timed apart on the same records and taken off for `ratio` and `ratio_to_arrays`.
+    which the plain loop does not do, is timed beside it and taken off for `ratio` and `ratio_to_arrays`.
     """
-    packer = new_packer(spec)
-    with Beside(records, spec.image_size) as beside:
+    with Beside(records, new_packer(spec), spec.image_size) as beside:
         stream = read_stream(config, spec, images)
-    _, _, tokens = timed(lambda: deque((packer.questions(r.id, r.conversations) for r in records), 0))
-    token = 1000 * tokens / len(records)
+    token = beside.tokens
     task, wall = (1000 * stream[key] / stream["images"] for key in ("worker_cpu", "wall"))
     cores = min(config.cluster.data_tasks, os.cpu_count() or 1)
     return {
