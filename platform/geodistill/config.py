@@ -50,11 +50,11 @@ class DataConfig:
     min_visible: float = option(0.5, "detection: an object cut by a tile is kept from this share of its area", "0-1")
     horizontal: bool = option(False, "detection: horizontal boxes in place of oriented ones")
     angle_counter_clockwise: bool = option(
-        True, "detection, geochat_bench: sign of theta in the box text that is written; GeoChat's own texts: see evaluate"
+        True, "detection sets, geochat_bench: is theta counter-clockwise in the box text that is written?"
     )
     max_boxes: int = option(20, "detection: most boxes in one answer; a kind with more is not asked for", "boxes")
     annotations: str = option(
-        "", "llava: its JSON file; class_folders: optional JSON of captions and questions; absolute or below root", "path"
+        "", "llava, coco, captions: the JSON file; class_folders: captions and questions; absolute or below root", "path"
     )
     shards: str = option("${run}/data", "where prepare writes shards and the others read them", "path")
     train: int = option(1920, "labelled training images (synthetic)", "images")
@@ -292,10 +292,8 @@ def _resolved(tree: Any, parts: list[DictConfig], overrides: list[str], file: st
     try:
         for part, texts in [*((part, None) for part in parts), (OmegaConf.from_dotlist(given), given)]:
             _need_groups(part)
-            for name in (
-                "evaluate.models",
-                "ablation",
-            ):  # a file's, or NAME={...}, replaces what was; NAME.KEY=... adds
+            for name in ("evaluate.models", "ablation"):
+                # those of a file, or of NAME={...}, take the place of what was; NAME.KEY=... adds one
                 whole = texts is None or any(text.startswith(f"{name}=") for text in texts)
                 if whole and OmegaConf.select(part, name) is not None:
                     OmegaConf.update(tree, name, {}, merge=False)

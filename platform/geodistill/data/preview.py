@@ -155,7 +155,7 @@ def write_preview(folder: str, manifest: dict, rejected: list[dict], copies: lis
         }
     notes = [f"source {manifest['source']}; lengths and boxes are of {len(records):,} images of {read:,}, drawn at random."]
     made_with = manifest["settings"]
-    name = made_with["name"] or made_with["root"].rstrip("/").rpartition("/")[2] or manifest["source"]
+    name = made_with.get("name") or made_with["root"].rstrip("/").rpartition("/")[2] or manifest["source"]
     html = page(name, "GeoDistill data", notes, sections)
     with writing(open_folder(folder), "preview.html") as stream:
         stream.write(html.encode())

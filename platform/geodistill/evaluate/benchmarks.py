@@ -88,7 +88,7 @@ def benchmark_of(settings: dict, image: str, name: str = "") -> str:
     """
     if settings["source"] in MANY:
         return image.partition("/")[0]
-    return name or settings["name"] or settings["root"].rstrip("/").rpartition("/")[2] or settings["source"]
+    return name or settings.get("name") or settings["root"].rstrip("/").rpartition("/")[2] or settings["source"]
 
 
 def answer(config: Config, name: str, folder: str) -> list[dict]:
