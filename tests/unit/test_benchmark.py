@@ -18,13 +18,14 @@ JOB = Path(__file__).parents[2] / "jobs" / "benchmark.py"
 
 
 @pytest.mark.parametrize("mode, kind", [("RGB", "JPEG"), ("RGB", "PNG"), ("L", "PNG"), ("P", "PNG"), ("RGBA", "PNG")])
-def test_the_plain_loop_makes_the_pixels_of_the_stream(mode, kind):
+def test_the_plain_loop_makes_the_pixels_of_the_stream_to_two_grey_levels(mode, kind):
     pixels = np.random.default_rng(0).integers(0, 255, (50, 70, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).convert(mode).save(buffer, kind)
     record = ImageRecord("a", buffer.getvalue(), 70, 50, [])
     (plain,) = plain_loop([record], 64)
-    assert np.array_equal(np.asarray(plain), square(open_image(record.image, "a"), 64))
+    difference = np.abs(np.asarray(plain).astype(int) - square(open_image(record.image, "a"), 64))
+    assert difference.max() <= 2 and (difference > 0).mean() < 0.02
 
 
 def test_waiting_is_weighted_by_the_time_of_the_steps(tmp_path):

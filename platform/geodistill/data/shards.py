@@ -201,5 +201,5 @@ def read_group(folder: str | Path, group: Group, columns: list[str] | None = Non
     info = files.get_file_info(group.file)
     with files.open_input_file(group.file) as stream:
         footer = _footer(str(folder), group.file, info.size, info.mtime_ns)
-        rows = pq.ParquetFile(stream, metadata=footer).read_row_group(group.index, columns).to_pylist()
+        rows = pq.ParquetFile(stream, metadata=footer).read_row_group(group.index, columns, use_threads=False).to_pylist()
     return [ImageRecord.from_row(empty | row) for row in rows]
