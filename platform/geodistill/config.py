@@ -20,6 +20,8 @@ SOURCE_NAMES = (
     "yolo", "coco",
 )  # fmt: skip
 SENSORS = ("optical", "sar", "infrared")
+TUNING = ("full", "lora", "bias", "attention_and_norm", "projector")
+GPUS = ("A100-40", "A100-80", "H100-80", "H200-141", "L40S-48", "RTX4090-24")  # what they can do: train/plan.py
 
 
 class ConfigError(ValueError):
@@ -87,7 +89,15 @@ class VisionConfig:
     heads: int = option(4, "attention heads of the CLIP tower", "heads")
     patch: int = option(8, "side of a patch", "pixels")
     image_size: int = option(64, "side of the square image the tower sees", "pixels")
-    feature_layer: int = option(-2, "hidden state that the projector reads (GeoChat: -2)")
+    feature_layer: int = option(-2, "hidden state that the projector reads (GeoChat: -2; with conv_widths: -1)")
+    conv_widths: list[int] = field(
+        default_factory=list,
+        metadata={"help": "EarthGPT's tower: widths of a ConvNet's stages (strides 4, 8, ...); []: CLIP alone", "unit": ""},
+    )
+    conv_depths: list[int] = field(default_factory=list, metadata={"help": "blocks of each stage", "unit": ""})
+    vit_layers: list[int] = field(
+        default_factory=lambda: [-2, -4], metadata={"help": "hidden states of CLIP that are read, with conv_widths", "unit": ""}
+    )
 
 
 @dataclass
@@ -103,11 +113,23 @@ class ModelConfig:
 
 
 @dataclass
+class LoraConfig:
+    rank: int = option(64, "rank r of the adapters")
+    alpha: int = option(16, "their scale is alpha / rank")
+    dropout: float = option(0.05, "dropout before an adapter, in updates only", "0-1")
+
+
+@dataclass
 class TrainConfig:
     method: str = option("sft", "sft: cross-entropy | kd: equations 1-3 | distill: the on-policy loop of Table 1")
     splits: list[str] = field(
         default_factory=lambda: ["train"],
         metadata={"help": "shard splits whose images are drawn: train, unlabelled (distill only)", "unit": ""},
+    )
+    shards: str = option("", "prepared data of this stage, where it is not data.shards", "path")
+    tuning: str = option("full", f"what is trained, beside the projector: {', '.join(TUNING)}")
+    lora: LoraConfig = section(
+        LoraConfig, "the adapters of tuning=lora, on every linear layer of the language model but its head"
     )
     steps: int = option(400, "updates of the weights", "steps")
     images_per_step: int = option(16, "global batch over all workers and accumulation steps", "images")
@@ -163,6 +185,9 @@ class TowerConfig:
 @dataclass
 class TeacherConfig:
     model: ModelConfig = section(ModelConfig, "the teacher's sizes or folder")
+    first: TrainConfig = section(
+        lambda: TrainConfig(steps=0), "a stage before train, such as alignment on general data; 0 steps: none"
+    )
     train: TrainConfig = section(TrainConfig, "how finetune role=teacher trains it")
 
 
@@ -176,6 +201,7 @@ class StudentConfig:
 @dataclass
 class DistillConfig:
     teacher: str = option("${run}/teacher/model", "the frozen teacher's folder", "path")
+    teacher_bits: int = option(0, "quantise the teacher's linear layers to 8 or 4 bits (needs bitsandbytes); 0: no", "bits")
     warm_start: TrainConfig = section(
         lambda: TrainConfig(method="kd"), "Table 1, first part: kd on labelled data; 0 steps: start from student.model"
     )
@@ -214,9 +240,24 @@ class ClusterConfig:
     threads_per_worker: int = option(0, "torch threads per worker; 0: all cores / workers", "threads")
     use_gpu: bool = option(False, "one GPU per worker")
     precision: str = option("fp32", "fp32 | bf16 (float32 losses either way)")
-    zero_stage: int = option(1, "DeepSpeed ZeRO stage of the student: 0, 1, 2")
+    zero_stage: int = option(1, "DeepSpeed ZeRO stage of the student: 0, 1, 2, 3")
+    shard_teacher: bool = option(False, "spread the teacher's weights over the workers, and gather them once per rollout")
+    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, a third more work")
     data_tasks: int = option(1, "Ray Data tasks that decode at once for one worker", "tasks")
     window: int = option(32, "micro-batches decoded at a time; two windows are in memory at most", "micro-batches")
+
+
+@dataclass
+class PlanConfig:
+    gpu: str = option("A100-80", f"card to plan for: {', '.join(GPUS)}")
+    memory: float = option(0.0, "its memory, where it is another; 0: that of the card", "GiB")
+    reserve: float = option(2.0, "memory that CUDA, communication and fragmentation take", "GiB")
+    matmul_share: float = option(0.45, "share of the card's bf16 rate that prefill and updates reach", "0-1")
+    bandwidth_share: float = option(0.7, "share of its memory bandwidth that decoding reaches", "0-1")
+    network: float = option(0.0, "all-reduce bandwidth of a worker; 0: that of the card's usual link", "GB/s")
+    questions_per_image: float = option(4.0, "questions of an image, up to questions_per_row in a row", "questions")
+    prompt_tokens: int = option(60, "tokens of a question with its prompt", "tokens")
+    response_tokens: int = option(16, "tokens of a response", "tokens")
 
 
 @dataclass
@@ -249,6 +290,7 @@ class Config:
     distill: DistillConfig = section(DistillConfig, "distillation")
     evaluate: EvaluateConfig = section(EvaluateConfig, "evaluation and report")
     cluster: ClusterConfig = section(ClusterConfig, "processes, precision, ZeRO")
+    plan: PlanConfig = section(PlanConfig, "what jobs/plan.py reckons with")
 
 
 def keys(kind: type = Config, prefix: str = "") -> list[tuple[str, str, Any, str, str]]:
@@ -404,7 +446,18 @@ def validate(config: Config) -> None:
     need(-1 <= config.data.duplicate_bits <= 16, f"data.duplicate_bits={config.data.duplicate_bits} must lie between -1 and 16")
     one_of("data.sensor", config.data.sensor, SENSORS)
     one_of("cluster.precision", config.cluster.precision, ("fp32", "bf16"))
-    need(config.cluster.zero_stage in (0, 1, 2), f"cluster.zero_stage={config.cluster.zero_stage}: use 0, 1 or 2")
+    need(config.cluster.zero_stage in (0, 1, 2, 3), f"cluster.zero_stage={config.cluster.zero_stage}: use 0, 1, 2 or 3")
+    need(config.distill.teacher_bits in (0, 4, 8), f"distill.teacher_bits={config.distill.teacher_bits}: use 0, 8 or 4")
+    need(
+        not (config.distill.teacher_bits and config.cluster.shard_teacher),
+        f"distill.teacher_bits={config.distill.teacher_bits} and cluster.shard_teacher=true exclude each other: quantised "
+        "weights cannot be gathered; set one of them",
+    )
+    one_of("plan.gpu", config.plan.gpu, GPUS)
+    for name in ("matmul_share", "bandwidth_share"):
+        need(0 < getattr(config.plan, name) <= 1, f"plan.{name}={getattr(config.plan, name)} must lie above 0 and not above 1")
+    for name in ("questions_per_image", "prompt_tokens", "response_tokens"):
+        need(getattr(config.plan, name) >= 1, f"plan.{name}={getattr(config.plan, name)} must be at least 1")
     for key in ("workers", "data_tasks", "window"):
         need(getattr(config.cluster, key) >= 1, f"cluster.{key}={getattr(config.cluster, key)} must be at least 1")
     data = config.data
@@ -446,6 +499,27 @@ def validate(config: Config) -> None:
             vision.image_size % vision.patch == 0,
             f"{role}.model.vision.image_size={vision.image_size} must be a multiple of {role}.model.vision.patch={vision.patch}",
         )
+        need(
+            len(vision.conv_widths) == len(vision.conv_depths),
+            f"{role}.model.vision.conv_widths={vision.conv_widths} and conv_depths={vision.conv_depths} must name as many stages",
+        )
+        if vision.conv_widths:
+            stride = 4 * 2 ** (len(vision.conv_widths) - 1)
+            need(
+                min(vision.conv_widths + vision.conv_depths) >= 1 and stride <= vision.image_size,
+                f"{role}.model.vision.conv_widths={vision.conv_widths} and conv_depths={vision.conv_depths} must be positive, "
+                f"and the last stage's stride of {stride} pixels not above {role}.model.vision.image_size={vision.image_size}",
+            )
+            need(
+                vision.feature_layer == -1,
+                f"{role}.model.vision.feature_layer={vision.feature_layer}: a tower with conv_widths joins its layers into one; "
+                f"set {role}.model.vision.feature_layer=-1, and choose layers with {role}.model.vision.vit_layers",
+            )
+            need(
+                bool(vision.vit_layers) and all(-vision.layers - 1 <= i <= vision.layers for i in vision.vit_layers),
+                f"{role}.model.vision.vit_layers={vision.vit_layers} must name hidden states from {-vision.layers - 1} to "
+                f"{vision.layers}",
+            )
     remote = [name for name in ("run", "predictions", "output") if "://" in getattr(config, name)]
     need(not remote, f"{', '.join(remote)} must be a folder or file of this machine; data.root and data.shards may be s3://")
     need(bool(config.evaluate.models), "evaluate.models is empty; name one model at least: evaluate.models={mine: FOLDER}")
@@ -476,6 +550,7 @@ def validate(config: Config) -> None:
         "set distill.loss.importance=token or distill.loss.updates_per_rollout=1",
     )
     trains = {
+        "teacher.first": config.teacher.first,
         "teacher.train": config.teacher.train,
         "student.train": config.student.train,
         "distill.warm_start": config.distill.warm_start,
@@ -484,6 +559,9 @@ def validate(config: Config) -> None:
     for name, train in trains.items():
         one_of(f"{name}.method", train.method, ("sft", "kd", "distill"))
         one_of(f"{name}.keep", train.keep, ("best", "last"))
+        one_of(f"{name}.tuning", train.tuning, TUNING)
+        need(train.lora.rank >= 1, f"{name}.lora.rank={train.lora.rank} must be at least 1")
+        need(0 <= train.lora.dropout < 1, f"{name}.lora.dropout={train.lora.dropout} must lie in [0, 1)")
         for split in train.splits:
             one_of(f"{name}.splits", split, ("train", "unlabelled"))
         need(bool(train.splits), f"{name}.splits is empty; set it to [train]")
@@ -492,8 +570,10 @@ def validate(config: Config) -> None:
             f"{name}.splits holds 'unlabelled', whose images have no answers, but {name}.method={train.method} "
             f"learns from answers; set {name}.method=distill or {name}.splits=[train]",
         )
-        least = 0 if name == "distill.warm_start" else 1
+        least = 0 if name in ("distill.warm_start", "teacher.first") else 1
         need(train.steps >= least, f"{name}.steps={train.steps} must be at least {least}")
+        if train.steps == 0:
+            continue
         for key in (
             "images_per_step", "images_per_micro_batch", "questions_per_row", "max_response",
             "log_every", "validate_every", "checkpoint_every",
@@ -515,7 +595,8 @@ def validate(config: Config) -> None:
         config.distill.pretrain_splits == ["train"],
         f"distill.pretrain_splits={config.distill.pretrain_splits}: the language-modelling term needs answers; set it to [train]",
     )
-    need(config.teacher.train.method == "sft", "teacher.train.method must be sft: the teacher has no teacher")
+    for name in ("first", "train"):
+        need(getattr(config.teacher, name).method == "sft", f"teacher.{name}.method must be sft: the teacher has no teacher")
     need(config.student.train.method == "sft", "student.train.method must be sft; for kd use jobs/distill.py")
     need(
         config.distill.warm_start.method in ("sft", "kd"),

@@ -90,7 +90,7 @@ def test_unknown_key_or_wrong_type(override, names):
         (["student.train.images_per_step=24"], ["student.train.images_per_step", "images_per_micro_batch", "cluster.workers"]),
         (["cluster.workers=3"], ["images_per_step", "cluster.workers"]),
         (["data.images_per_group=32"], ["images_per_micro_batch", "data.images_per_group"]),
-        (["cluster.zero_stage=3"], ["cluster.zero_stage"]),
+        (["cluster.zero_stage=4"], ["cluster.zero_stage"]),
         (["cluster.workers=0"], ["cluster.workers"]),
         (["cluster.precision=fp16"], ["cluster.precision", "bf16"]),
         (["teacher.train.method=kd"], ["teacher.train.method"]),

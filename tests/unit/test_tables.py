@@ -13,7 +13,7 @@ from geodistill.data.shards import groups, load_manifest, read_group
 from geodistill.evaluate.metrics import score
 from geodistill.evaluate.tables import Table, tables
 from geodistill.models import assemble
-from geodistill.models.size import TOKENS, size, size_of
+from geodistill.models.cost import QUESTION, TOKENS, size, size_of
 
 BOX = "{<10><20><50><60>|<30>}"
 
@@ -106,8 +106,7 @@ SIZES = {"7B": (4096, 32, 11008, 32), "13B": (5120, 40, 13824, 40)}
 def test_table_8_is_counted_as_in_the_paper(name: str, parameters: float, flops: float) -> None:
     hidden, layers, intermediate, heads = SIZES[name]
     found = size(llava(hidden, layers, intermediate, heads))
-    assert round(found["parameters"], 2) == parameters
-    assert found["flops"] == pytest.approx(flops, rel=3e-4)
+    assert round(found["parameters"], 2) == parameters and round(found["flops"], 2) == flops
 
     def language(tokens: int) -> int:
         linear = layers * (4 * hidden**2 + 3 * hidden * intermediate) + 32000 * hidden
@@ -116,8 +115,8 @@ def test_table_8_is_counted_as_in_the_paper(name: str, parameters: float, flops:
     patches, wide = 36**2, 1024
     tower = 2 * patches * 3 * 14**2 * wide + 24 * (2 * (patches + 1) * 12 * wide**2 + 4 * (patches + 1) ** 2 * wide)
     projector = 2 * patches * (wide * hidden + hidden**2)
-    assert found["flops"] == pytest.approx(language(TOKENS) / 1e9, rel=1e-9)
-    assert found["image_flops"] == pytest.approx((tower + projector + language(patches + TOKENS)) / 1e9, rel=1e-9)
+    assert found["flops"] == pytest.approx(language(TOKENS) / 1e9, rel=5e-4)  # and element-wise operations
+    assert found["image_flops"] == pytest.approx((tower + projector + language(patches + QUESTION)) / 1e9, rel=1e-9)
     tower_weights = 3 * 14**2 * wide + wide + (patches + 1) * wide + 24 * (12 * wide**2 + 13 * wide) + 4 * wide
     position = (patches + 1) * wide
     assert found["all_parameters"] - found["parameters"] == pytest.approx((tower_weights - position) / 1e6)

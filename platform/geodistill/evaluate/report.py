@@ -17,7 +17,7 @@ from geodistill.evaluate.page import drawing, page, plot, table
 from geodistill.evaluate.plots import RC, UNITS, bars_figure, color_of, confusion_figure, stage_figure, validation_figure
 from geodistill.evaluate.tables import Table, tables
 from geodistill.language import SHORT_ANSWER
-from geodistill.models.size import size_of
+from geodistill.models.cost import size_of
 
 TASKS = {
     "scene_classification": "Scene classification",

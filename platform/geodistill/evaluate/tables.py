@@ -158,7 +158,7 @@ PAPER = [
         },
         note="As the paper counts (found from its numbers): parameters of language model, projector and the vision tower's "
         "position embedding; FLOPs of the language model over 512 tokens without an image, two a multiply-add. "
-        "With an image: tower, projector, and the image's tokens besides the 512.",
+        "With an image: tower, projector, and the language model over the image's tokens and 60 of text.",
     ),
 ]
 
@@ -166,7 +166,7 @@ PAPER = [
 def tables(scores: dict[str, dict[str, dict]], sizes: dict[str, dict[str, float]]) -> list[Table]:
     """Tables 3-8: the paper's rows, marked "(paper)", then the user's models.
 
-    scores: model -> benchmark -> `metrics.score` of its predictions alone; sizes: model -> `models.size.size_of`. A benchmark
+    scores: model -> benchmark -> `metrics.score` of its predictions alone; sizes: model -> `models.cost.size_of`. A benchmark
     without a result of the table's task, or a model without a size, is "not run"; a figure that the result lacks is "-".
     """
     models = list(dict.fromkeys([*scores, *sizes]))

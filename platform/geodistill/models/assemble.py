@@ -1,6 +1,7 @@
 """Build, load, save and check the models: a transformers LLaVA (CLIP tower, two-layer projector, Llama) and its processor."""
 
 import hashlib
+import importlib.util
 import json
 import shutil
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    BitsAndBytesConfig,
     CLIPImageProcessorPil,
     LlamaConfig,
     LlavaConfig,
@@ -114,12 +116,15 @@ def new_model(sizes: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> LlavaFo
     return model
 
 
-def load(folder: str | Path):
-    """(model, processor) of a saved folder. Raises ValueError where the folder is missing or its weights do not fit."""
+def load(folder: str | Path, dtype: torch.dtype = torch.float32, bits: int = 0):
+    """(model, processor) of a saved folder, its weights in `dtype`; its linear layers in 8 or 4 `bits` where they are given.
+
+    Raises ValueError where the folder is missing, its weights do not fit, or bitsandbytes is.
+    """
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder} holds no model (config.json is missing); run the job that writes it, or correct the path")
     model, info = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+        folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, quantization_config=_quantised(bits, dtype)
     )
     wrong = {k: sorted(v) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if (v := info.get(k))}
     if wrong:
@@ -127,15 +132,29 @@ def load(folder: str | Path):
     return model, AutoProcessor.from_pretrained(folder)
 
 
-def save(model, processor, folder: str | Path) -> None:
-    """Write a folder that plain transformers loads, whole or not at all."""
+def _quantised(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """bitsandbytes' settings: LLM.int8 or NF4, for every linear layer but head, tower and projector."""
+    if not bits:
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"a teacher in {bits} bits needs bitsandbytes: pip install 'geodistill[quantised]', or teacher_bits=0")
+    kept = ["lm_head", "vision_tower", "multi_modal_projector"]
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=kept
+    )
+
+
+def save(model, processor, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write a folder that plain transformers loads, whole or not at all. `weights`: in place of those of `model`."""
     folder = Path(folder)
     partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
     if old.exists() and not folder.exists():  # an earlier save was killed between its two renames
         old.rename(folder)
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
-    model.save_pretrained(partial)
+    model.save_pretrained(partial, state_dict=weights)
     processor.save_pretrained(partial)
     if folder.exists():
         folder.rename(old)
@@ -211,11 +230,15 @@ def check_pair(teacher: str | Path, student_vocabulary: dict[str, int], student_
 
 
 def same_tower(a, b, dtype: torch.dtype = torch.float32) -> bool:
-    """Do two models hold the same vision tower, weight for weight in `dtype`, and read the same layer of it?"""
+    """Do two models hold the same vision tower, weight for weight in `dtype`, and read the same layers of it?"""
     left, right = a.model.vision_tower.state_dict(), b.model.vision_tower.state_dict()
+    read = [
+        (m.config.vision_feature_layer, *(getattr(m.config.vision_config, k, None) for k in ("vit_layers", "conv_stages")))
+        for m in (a, b)
+    ]
     return (
         left.keys() == right.keys()
-        and a.config.vision_feature_layer == b.config.vision_feature_layer
+        and read[0] == read[1]
         and all(left[k].shape == right[k].shape and torch.equal(left[k].to(dtype), right[k].to(dtype)) for k in left)
     )
 

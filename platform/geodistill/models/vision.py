@@ -21,21 +21,23 @@ from geodistill.config import VisionConfig
 from geodistill.data import synthetic
 from geodistill.data.record import CLIP_MEAN, CLIP_STD
 from geodistill.language import Box, box_corners
+from geodistill.models.earthgpt import VitConvNetConfig, VitConvNetModel, new_vit_convnet
 
 
-def new_tower(sizes: VisionConfig) -> CLIPVisionModel:
-    """A CLIP vision tower with random weights."""
-    return CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=sizes.hidden,
-            intermediate_size=4 * sizes.hidden,
-            num_hidden_layers=sizes.layers,
-            num_attention_heads=sizes.heads,
-            image_size=sizes.image_size,
-            patch_size=sizes.patch,
-            projection_dim=sizes.hidden,
-        )
+def new_tower(sizes: VisionConfig) -> CLIPVisionModel | VitConvNetModel:
+    """A vision tower with random weights: CLIP's, or EarthGPT's where `sizes.conv_widths` names a ConvNet."""
+    vit = CLIPVisionConfig(
+        hidden_size=sizes.hidden,
+        intermediate_size=4 * sizes.hidden,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        image_size=sizes.image_size,
+        patch_size=sizes.patch,
+        projection_dim=sizes.hidden,
     )
+    if sizes.conv_widths:
+        return new_vit_convnet(vit, sizes.conv_widths, sizes.conv_depths, sizes.vit_layers)
+    return CLIPVisionModel(vit)
 
 
 def normalize(images_BHWC: Tensor) -> Tensor:
@@ -117,7 +119,7 @@ def dense_targets(scene: synthetic.Scene, patches: int) -> dict[str, np.ndarray]
 
 
 def pretrain_tower(
-    tower: CLIPVisionModel,
+    tower: CLIPVisionModel | VitConvNetModel,
     images: int,
     steps: int,
     batch: int = 64,
@@ -166,15 +168,18 @@ def pretrain_tower(
     return metrics
 
 
-def load_tower(folder: str | Path) -> tuple[CLIPVisionModel, int | None]:
-    """The tower of a folder that holds a CLIP vision tower or a whole LLaVA, and the layer that the LLaVA reads.
+def load_tower(folder: str | Path) -> tuple[CLIPVisionModel | VitConvNetModel, int | None]:
+    """The tower of a folder that holds a CLIP or EarthGPT tower or a whole LLaVA, and the layer to read where it is known.
 
-    Raises ValueError where there is neither.
+    Raises ValueError where there is none.
     """
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} holds no model (config.json is missing); correct model.tower")
-    if json.loads(file.read_text())["model_type"] == "llava":
+    kind = json.loads(file.read_text())["model_type"]
+    if kind == "llava":
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
         return model.model.vision_tower, model.config.vision_feature_layer
+    if kind == VitConvNetConfig.model_type:
+        return VitConvNetModel.from_pretrained(folder, dtype=torch.float32), -1
     return CLIPVisionModel.from_pretrained(folder, dtype=torch.float32), None

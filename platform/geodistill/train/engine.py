@@ -1,7 +1,9 @@
-"""DeepSpeed: from the settings to an engine around the student, ZeRO 0-2, on GPUs or on the CPU."""
+"""DeepSpeed: from the settings to an engine around the student, ZeRO 0-3, on GPUs or on the CPU; a teacher in shards."""
 
 import logging
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -15,14 +17,7 @@ def start(module: nn.Module, train: TrainConfig, cluster: ClusterConfig, passes:
     passes: backward passes of one step and worker (DeepSpeed's gradient accumulation). `engine.backward` divides by it and
     the reduction averages over workers: a caller who wants a sum multiplies its loss by both.
     """
-    if not cluster.use_gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-    import deepspeed.ops
-
-    deepspeed.utils.logger.setLevel(logging.ERROR)
-    if not cluster.use_gpu:  # its shared-memory reduction would be compiled for half a minute; gloo serves as well
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed = _deepspeed(cluster)
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=train.learning_rate, betas=(0.9, 0.98), weight_decay=train.weight_decay, fused=cluster.use_gpu
@@ -31,15 +26,81 @@ def start(module: nn.Module, train: TrainConfig, cluster: ClusterConfig, passes:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": passes,
         "gradient_clipping": train.max_grad_norm,
-        "zero_optimization": {"stage": cluster.zero_stage},
+        "zero_optimization": _zero(module, cluster.zero_stage),
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": cluster.precision == "bf16"},
         "steps_per_print": 10**9,
     }
     if cluster.precision == "bf16" and cluster.zero_stage > 0:  # DeepSpeed refuses it without ZeRO
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    # DeepSpeed casts buffers too: rotary frequencies of 8 bits of mantissa would misplace every token past the first hundreds
+    buffers = {name: value.clone() for name, value in module.named_buffers()}
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, model_parameters=parameters, config=settings)
+    for name, value in buffers.items():
+        owner, _, last = name.rpartition(".")
+        module.get_submodule(owner)._buffers[last] = value.to(engine.device)
     return engine
+
+
+def _deepspeed(cluster: ClusterConfig):
+    """The module deepspeed, imported for the device that is used."""
+    if not cluster.use_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    if not cluster.use_gpu:  # its shared-memory reduction would be compiled for half a minute; gloo serves as well
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _zero(module: nn.Module, stage: int) -> dict:
+    """ZeRO settings. Stage 3 leaves parameters whole that are smaller than a thousandth of the model (norms)."""
+    if stage < 3:
+        return {"stage": stage}
+    whole = min(100_000, sum(p.numel() for p in module.parameters()) // 1000)
+    return {"stage": 3, "stage3_param_persistence_threshold": whole}
+
+
+def shard(module: nn.Module, cluster: ClusterConfig) -> None:
+    """Leave each worker its part of every weight of the frozen `module`, in place; `whole` brings them together for a while."""
+    _deepspeed(cluster).zero.Init(
+        module=module,
+        config_dict_or_path={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}},
+        dtype=next(module.parameters()).dtype,
+    )
+
+
+def whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager:
+    """A context inside which those of `parameters` that are in shards are whole, to be read (collective)."""
+    in_shards = [p for p in parameters if hasattr(p, "ds_id")]
+    if not in_shards:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(in_shards)
+
+
+@contextmanager
+def gathered(engine, teacher: nn.Module | None = None) -> Iterator[None]:
+    """Inside: all weights of the student, and of a teacher in shards, are whole on every worker, and stay so (collective).
+
+    For a rollout: its hundreds of small forward passes would otherwise each fetch every layer. Nothing is copied where the
+    weights are whole anyway.
+    """
+    with whole([*teacher.parameters()] if teacher is not None else []):
+        if engine.zero_optimization_stage() < 3:
+            yield
+            return
+        offload = engine.optimizer.parameter_offload
+        with whole([*engine.module.parameters()]):
+            offload.destroy()  # its hooks: they would let go of each layer after its use, and talk to the other workers
+            offload.forward_hooks, offload.backward_hooks = [], []
+            try:
+                yield
+            finally:
+                offload.setup_zero_stage3_hooks()
 
 
 def gradient_norm(engine) -> float:

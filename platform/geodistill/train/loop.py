@@ -5,6 +5,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from geodistill.data.stream import MicroBatch, PackerSpec, new_packer, read_spli
 from geodistill.distill.step import Distiller, Experience, Labelled
 from geodistill.language import IMAGE
 from geodistill.models import assemble
+from geodistill.models.tuning import merged_weights, tune
 from geodistill.models.vision import normalize
 from geodistill.train import checkpoint, engine
+from geodistill.train.plan import check_memory
 from geodistill.train.reporter import Reporter
 from geodistill.train.stage import Stage
 
@@ -46,15 +49,15 @@ def mixed_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def build(config: Config, stage: Stage):
-    """(student model, its processor, teacher model or None). The tokenizer is the teacher's where there is one."""
+def build(config: Config, stage: Stage, dtype: torch.dtype):
+    """(student model, its processor, teacher model or None), in `dtype`. The tokenizer is the teacher's where there is one."""
     sizes = getattr(config, stage.role).model
     start = stage.weights or sizes.init
     teacher = None
     if stage.teacher:
-        teacher, _ = assemble.load(stage.teacher)
+        teacher, _ = assemble.load(stage.teacher, dtype, config.distill.teacher_bits)
     if start:
-        student, processor = assemble.load(start)
+        student, processor = assemble.load(start, dtype)
     else:
         brings = stage.teacher or config.teacher.model.init
         source = brings or download(config.data.shards, "tokenizer", Path(tempfile.mkdtemp()))
@@ -94,17 +97,23 @@ class Run:
         self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
         self.dtype = torch.bfloat16 if config.cluster.precision == "bf16" else torch.float32
         torch.manual_seed(config.seed)  # the same weights on every worker
-        self.model, self.processor, teacher = build(config, stage)
+        if gpu:
+            check_memory(config, stage, torch.cuda.get_device_properties(self.device).total_memory / 2**30)
+        self.model, self.processor, teacher = build(config, stage, self.dtype)
         shared = teacher is not None and assemble.same_tower(self.model, teacher, self.dtype)
         on_policy = train.method == "distill"
         align = align_map(config, self.model, teacher) if on_policy else None
-        frozen = getattr(config, stage.role).model.freeze_tower
+        frozen = getattr(config, stage.role).model.freeze_tower or train.tuning != "full"
+        tune(self.model, train.tuning, train.lora)
+        if config.cluster.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
         student = assemble.RowModel(self.model, align, frozen).to(self.device)
         frozen_teacher = None
         if teacher is not None:
-            for parameter in teacher.parameters():  # not the buffers: rotary frequencies must stay in float32
-                parameter.data = parameter.data.to(self.dtype)
-            frozen_teacher = assemble.RowModel(teacher.to(self.device)).eval().requires_grad_(False)
+            on_device = teacher if config.distill.teacher_bits else teacher.to(self.device)  # bitsandbytes has moved it
+            frozen_teacher = assemble.RowModel(on_device).eval().requires_grad_(False)
+            if config.cluster.shard_teacher:
+                engine.shard(frozen_teacher, config.cluster)
 
         # Every step runs the same number of backward passes on every worker: one per micro-batch, one more for D_PT.
         self.micros = train.images_per_step // (train.images_per_micro_batch * self.world)
@@ -112,6 +121,7 @@ class Run:
         self.passes = self.micros * (2 if self.with_pretrain else 1)
         self.engine = engine.start(student, train, config.cluster, self.passes)
         self.progress = checkpoint.restore(self.engine)
+        self.teacher_in_shards = frozen_teacher if config.cluster.shard_teacher else None
 
         tokenizer, vocabulary = self.processor.tokenizer, self.model.config.text_config.vocab_size
         forbidden = assemble.forbidden_tokens(tokenizer, vocabulary).to(self.device)
@@ -154,6 +164,17 @@ class Run:
         rows, pixels = self.rows(batch)
         return self.distiller.labelled(rows, self.packer.answers(rows), pixels, with_teacher)
 
+    def gathered(self) -> AbstractContextManager:
+        """Inside: whole weights, and no dropout, for what runs outside an update (collective)."""
+        self.engine.module.eval()
+        return engine.gathered(self.engine, self.teacher_in_shards)
+
+    def export(self) -> None:
+        """Write the student as plain transformers reads it (collective: ZeRO-3 gathers its weights layer by layer)."""
+        weights = merged_weights(self.model, engine.whole, keep=self.rank == 0)
+        if self.rank == 0:
+            assemble.save(self.model, self.processor, Path(self.stage.folder) / "model", weights)
+
 
 def worker(job: dict) -> None:
     """What Ray Train runs on every worker. job: {"config": Config, "stage": Stage}."""
@@ -162,6 +183,7 @@ def worker(job: dict) -> None:
     batches = run.stream(train.splits, run.config.seed)
     corpus = run.stream(run.config.distill.pretrain_splits, run.config.seed + 10**6) if run.with_pretrain else iter(())
     validation = list(read_split(run.config, "val", run.spec, train.images_per_micro_batch, run.rank, run.world))
+    exported = progress.step > 0 and (Path(run.stage.folder) / "model").exists()
     report = Reporter(run.stage, progress, run.rank, run.device)
 
     for step in range(progress.step, train.steps):
@@ -186,9 +208,9 @@ def worker(job: dict) -> None:
         if done % train.validate_every == 0 or last:
             value = validate(run, validation)
             report.write({"step": done, "validation_loss": value})
-            folder = Path(run.stage.folder) / "model"
-            if run.rank == 0 and (not run.stage.keep_best or value < progress.best or not folder.exists()):
-                assemble.save(run.model, run.processor, folder)
+            if not run.stage.keep_best or value < progress.best or not exported:
+                run.export()
+                exported = True
             progress.best = min(progress.best, value)
         if done % train.checkpoint_every == 0 or last:
             progress.step, progress.seconds = done, report.seconds
@@ -198,8 +220,9 @@ def worker(job: dict) -> None:
 def update_on_policy(run: Run, drawn: list[MicroBatch], corpus: list[MicroBatch], report: Reporter, step: int) -> None:
     """One step of Table 1's loop: generate all responses of the step, count, then one backward per micro-batch."""
     loss, distiller = run.config.distill.loss, run.distiller
-    items = [distiller.rollout(*run.rows(batch), run.sampler(step, number)) for number, batch in enumerate(drawn)]
-    pretrain = [run.labelled(batch, with_teacher=loss.preset == "reference") for batch in corpus]
+    with run.gathered():
+        items = [distiller.rollout(*run.rows(batch), run.sampler(step, number)) for number, batch in enumerate(drawn)]
+        pretrain = [run.labelled(batch, with_teacher=loss.preset == "reference") for batch in corpus]
     for item in items:
         branches = float(item.rows.alive_Rn.sum())
         report.add({"length": torch.tensor(item.length * branches), "finished": torch.tensor(item.finished * branches)}, branches)
@@ -229,7 +252,8 @@ def update_on_policy(run: Run, drawn: list[MicroBatch], corpus: list[MicroBatch]
 def update_labelled(run: Run, drawn: list[MicroBatch], report: Reporter, step: int) -> None:
     """One step on the answers of the data: sft, or kd with the teacher's distribution."""
     method = run.stage.train.method
-    items = [run.labelled(batch, with_teacher=method == "kd") for batch in drawn]
+    with run.gathered():
+        items = [run.labelled(batch, with_teacher=method == "kd") for batch in drawn]
     (tokens,) = global_counts(run, sum(i.tokens for i in items))
 
     def learn(item: Labelled) -> Tensor:
@@ -254,7 +278,9 @@ def update(run: Run, passes: list[tuple[Callable[..., Tensor], Any]], report: Re
     passes and workers are multiplied back. Raises NotFinite.
     """
     total, norm = torch.zeros((), dtype=torch.float64, device=run.device), 0.0
+    run.engine.module.train()
     for number, (make, item) in enumerate(passes):
+        torch.manual_seed(mixed_seed(run.config.seed, step, number * run.world + run.rank))  # dropout follows from the step alone
         value = make(item)
         total += value.detach()
         run.engine.backward(value * (run.world * run.passes))
@@ -283,10 +309,11 @@ def _need_finite(value: float, what: str, run: Run, step: int) -> None:
 def validate(run: Run, batches: list[MicroBatch]) -> float:
     """Mean cross-entropy per response token on the validation split, over all workers (collective)."""
     total = torch.zeros(2, dtype=torch.float64)
-    for batch in batches:
-        item = run.labelled(batch, with_teacher=False)
-        value, _ = run.distiller.labelled_pass(run.distiller.student, item, 1.0, "sft")
-        total += torch.tensor([value.item(), item.tokens], dtype=torch.float64)
+    with run.gathered():
+        for batch in batches:
+            item = run.labelled(batch, with_teacher=False)
+            value, _ = run.distiller.labelled_pass(run.distiller.student, item, 1.0, "sft")
+            total += torch.tensor([value.item(), item.tokens], dtype=torch.float64)
     total = total.to(run.device)
     dist.all_reduce(total)
     return (total[0] / total[1].clamp(min=1)).item()

@@ -26,18 +26,22 @@ class Stage:
 def stages(config: Config, job: str) -> list[Stage]:
     """What a job trains. job: finetune (by config.role) or distill (Table 1: warm start, then the loop)."""
     run = Path(config.run)
+    found: list[Stage] = []
+    start = ""
     if job == "finetune":
         role = config.role
         if role == "teacher":
-            return [Stage("teacher", str(run / "teacher"), config.teacher.train, "teacher", "", "")]
+            teacher = config.teacher
+            if teacher.first.steps:
+                found.append(Stage("teacher/first", str(run / "teacher" / "first"), teacher.first, "teacher", "", ""))
+                start = str(run / "teacher" / "first" / "model")
+            return [*found, Stage("teacher", str(run / "teacher"), teacher.train, "teacher", start, "")]
         train = config.student.train
         if role == "blind":
             train = replace(train, blind=True, steps=config.student.blind_steps or train.steps)
         name = "baseline" if role == "student" else "blind"
         return [Stage(name, str(run / name), train, "student", "", "")]
     distill = config.distill
-    found = []
-    start = ""
     if distill.warm_start.steps:
         folder = run / "distill" / "warm"
         found.append(Stage("distill/warm", str(folder), distill.warm_start, "student", "", distill.teacher))

@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import ray
@@ -40,6 +40,8 @@ def settings_of(config: Config, stage: Stage) -> dict:
     manifest = load_manifest(config.data.shards)["splits"]
     found["shards"] = [shard["sha256"] for split in sorted(splits & manifest.keys()) for shard in manifest[split]["shards"]]
     found["cluster"] = {key: getattr(config.cluster, key) for key in ("workers", "precision", "zero_stage")}
+    if stage.teacher:
+        found["teacher_bits"] = config.distill.teacher_bits
     loss = asdict(config.distill.loss)
     if stage.train.method == "distill":
         found["loss"] = loss
@@ -116,6 +118,7 @@ def check_stage(config: Config, stage: Stage) -> None:
 def fit(config: Config, stage: Stage) -> None:
     """Train one stage to its end. Raises ValueError for what the user can mend, TrainingFailed for what broke on the way."""
     folder = Path(stage.folder)
+    config = replace(config, data=replace(config.data, shards=stage.train.shards or config.data.shards))
     check_stage(config, stage)
     settings = settings_of(config, stage)
     if is_finished(folder, settings):
