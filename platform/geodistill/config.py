@@ -283,6 +283,9 @@ class Config:
         },
     )
     system: str = option(SYSTEM, "system text at the head of every prompt")
+    image_size: int = option(
+        0, "side of the square that images are brought to; 0: what the tower sees (Qwen2.5-VL sees any, and needs it)", "pixels"
+    )
     data: DataConfig = section(DataConfig, "from raw data to shards")
     tower: TowerConfig = section(TowerConfig, "dense pre-training of the demo's vision tower (jobs/pretrain.py)")
     teacher: TeacherConfig = section(TeacherConfig, "the teacher")

@@ -11,7 +11,7 @@ from geodistill.data.record import Conversation
 from geodistill.data.rows import respond
 from geodistill.distill.decode import GrowingLayer, decode, log_probabilities, mix
 from geodistill.models import assemble
-from geodistill.models.assemble import RowModel
+from geodistill.models.row_model import RowModel
 
 PROMPTS, LIMIT = 100, 12
 

@@ -11,7 +11,7 @@ from geodistill.data.rows import respond
 from geodistill.distill import losses
 from geodistill.distill.decode import decode, log_probabilities
 from geodistill.distill.step import Distiller
-from geodistill.models.assemble import RowModel
+from geodistill.models.row_model import RowModel
 from geodistill.models.vision import normalize
 from oracle.reference import relative_error
 

@@ -24,7 +24,8 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from geodistill.models.assemble import RowModel, image_shape_of
+from geodistill.models.assemble import image_reading
+from geodistill.models.row_model import RowModel
 from geodistill.models.earthgpt import VitConvNetConfig, VitConvNetModel, alignment, new_vit_convnet
 from geodistill.models.vision import pretrain_tower
 
@@ -156,7 +157,7 @@ def test_a_saved_tower_comes_back_from_its_folder(tower, pixels, tmp_path) -> No
     found, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert isinstance(found, VitConvNetModel) and not any(info.values())
     assert found(pixels).last_hidden_state.equal(tower(pixels).last_hidden_state)
-    assert image_shape_of(tmp_path) == (SIDE, PATCH)
+    assert image_reading(tmp_path) == {"model_type": "llava", "image_size": SIDE, "patch_size": PATCH}
     config = AutoConfig.from_pretrained(tmp_path)
     assert (config.image_size, config.patch_size, config.num_channels, config.hidden_size) == (SIDE, PATCH, 3, sum(PARTS))
     assert (config.vit_layers, config.conv_stages) == (LAYERS, [1, 2, 3])
@@ -179,7 +180,7 @@ def test_plain_llava_reads_it_and_comes_back_from_its_folder(tower, pixels, tmp_
     assert not any(info.values()) and isinstance(found.model.vision_tower, VitConvNetModel)
     assert found.model.vision_tower.vit.config._attn_implementation == "sdpa"
     assert found(input_ids=IDS, pixel_values=pixels).logits.equal(logits)
-    assert image_shape_of(tmp_path) == (SIDE, PATCH)
+    assert image_reading(tmp_path) == {"model_type": "llava", "image_size": SIDE, "patch_size": PATCH}
 
 
 def test_image_rows_read_it_as_they_read_a_clip_tower(tower, pixels) -> None:

@@ -11,7 +11,8 @@ from torch import nn
 from geodistill.config import LossConfig
 from geodistill.distill import losses
 from geodistill.distill.step import Distiller, Experience
-from geodistill.models.assemble import RowModel, same_tower
+from geodistill.models.assemble import same_tower
+from geodistill.models.row_model import RowModel
 
 LIMIT = 12
 

@@ -43,7 +43,7 @@ def test_a_pair_that_fits(run):
 
 def test_other_image_tokens_are_refused(run):
     config = settings(run, "student.model.vision.patch=8")
-    with pytest.raises(ValueError, match=r"sees 16 image tokens .*the student 64 .*student\.model\.vision"):
+    with pytest.raises(ValueError, match=r"teacher: 16 image tokens, .*student: 64 image tokens, .*student\.model\.vision"):
         check_stage(config, stages(config, "distill")[0])
 
 

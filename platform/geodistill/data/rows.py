@@ -76,25 +76,35 @@ class Responses:
 
 def attends(branch_q: Tensor, position_q: Tensor, branch_k: Tensor, position_k: Tensor) -> Tensor:
     """The row mask, bool [R, 1, Q, K]: may query token i see key token j? Padding sees the prefix, nothing sees padding."""
-    same = (branch_k[:, None, :] == 0) | (branch_k[:, None, :] == branch_q[:, :, None])
+    same = (branch_k[:, None, :] == 0) | (branch_k[:, None, :] == branch_q.clamp(min=0)[:, :, None])
     return (same & (position_k[:, None, :] <= position_q[:, :, None]))[:, None]
 
 
 class Packer:
     """Turns conversations into questions, and questions into rows, with one tokenizer and prompt template.
 
-    tokenizer: a transformers fast tokenizer with a chat template; image_tokens: how many tokens an image takes.
+    tokenizer: a transformers fast tokenizer with a chat template; image_tokens: how many tokens an image takes; around: special
+    tokens before and behind them, beside the template's. prompt: the tokens behind the image of a question, as an example.
     """
 
-    def __init__(self, tokenizer, image_token: str, image_tokens: int, max_response: int, questions_per_row: int):
+    def __init__(
+        self,
+        tokenizer,
+        image_token: str,
+        image_tokens: int,
+        max_response: int,
+        questions_per_row: int,
+        around: tuple[str, str] = ("", ""),
+    ):
         self.tokenizer = tokenizer
         self.image_token = image_token
         self.image_id = tokenizer.convert_tokens_to_ids(image_token)
         self.image_tokens = image_tokens
         self.max_response = max_response
         self.questions_per_row = questions_per_row
-        ((before, _),) = self._split([self._prompt([], "?")])
-        self.prefix = before[:-1] + [self.image_id] * image_tokens
+        ((before, self.prompt),) = self._split([self._prompt([], "?")])
+        left, right = (tokenizer(text, add_special_tokens=False).input_ids if text else [] for text in around)
+        self.prefix = before[:-1] + left + [self.image_id] * image_tokens + right
 
     def _prompt(self, history: list[tuple[str, str]], question: str) -> str:
         messages: list[dict] = []

@@ -83,6 +83,7 @@ class PackerSpec:
     image_size: int
     max_response: int
     questions_per_row: int
+    around: tuple[str, str] = ("", "")
 
 
 @functools.lru_cache(maxsize=4)
@@ -91,7 +92,7 @@ def new_packer(spec: PackerSpec) -> Packer:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer)
-    return Packer(tokenizer, spec.image_token, spec.image_tokens, spec.max_response, spec.questions_per_row)
+    return Packer(tokenizer, spec.image_token, spec.image_tokens, spec.max_response, spec.questions_per_row, spec.around)
 
 
 def load_group(folder: str, group: Group, spec: PackerSpec) -> MicroBatch:

@@ -7,6 +7,7 @@ Shapes as in losses.py; R rows, n branches, P prompt and C response columns as i
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class Experience:
     rows: Rows
     responses: Responses
     features: Tensor | None  # the student's tower features, None where its tower is trained
-    pixels: Tensor
+    pixels: Any
     z_teacher: Tensor
     batch: losses.Batch
     length: float  # mean response length, tokens
@@ -38,7 +39,7 @@ class Labelled:
     rows: Rows
     responses: Responses
     features: Tensor | None
-    pixels: Tensor
+    pixels: Any
     log_p: Tensor | None = None  # the teacher's log-probabilities [M, V] on these responses, for kd
 
     @property
@@ -66,7 +67,7 @@ class Distiller:
         self.forbidden, self.end, self.limit = forbidden, end, limit
         self.shared_tower = shared_tower
 
-    def _features(self, pixels: Tensor, for_teacher: bool) -> tuple[Tensor | None, Tensor | None]:
+    def _features(self, pixels: Any, for_teacher: bool) -> tuple[Tensor | None, Tensor | None]:
         """(student's, teacher's) tower features; a shared frozen tower runs once."""
         with torch.no_grad():
             student = self.student.see(pixels) if self.student.tower_frozen else None
@@ -76,7 +77,7 @@ class Distiller:
             return student, student if shared else self.teacher.see(pixels)
 
     @torch.no_grad()
-    def rollout(self, rows: Rows, pixels: Tensor, generator: torch.Generator) -> Experience:
+    def rollout(self, rows: Rows, pixels: Any, generator: torch.Generator) -> Experience:
         """Generation stage: p~ = alpha p + (1 - alpha) q writes the responses; the teacher's rows of it are kept."""
         features, features_teacher = self._features(pixels, for_teacher=True)
         z_teacher = self.teacher.project(features_teacher)
@@ -109,7 +110,7 @@ class Distiller:
             finished=float(rollout.finished_Rn.sum() / branches),
         )
 
-    def labelled(self, rows: Rows, responses: Responses, pixels: Tensor, with_teacher: bool) -> Labelled:
+    def labelled(self, rows: Rows, responses: Responses, pixels: Any, with_teacher: bool) -> Labelled:
         """A micro-batch of answers from the data, with the teacher's distribution on them where it is asked for."""
         features, features_teacher = self._features(pixels, for_teacher=with_teacher)
         log_p = None

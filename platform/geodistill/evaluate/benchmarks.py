@@ -15,9 +15,8 @@ from geodistill.data.shards import Group, groups, load_manifest, read_group
 from geodistill.data.stream import MicroBatch, to_micro_batch
 from geodistill.distill.decode import decode
 from geodistill.evaluate import metrics
-from geodistill.language import IMAGE
 from geodistill.models import assemble
-from geodistill.models.vision import normalize
+from geodistill.models.row_model import row_model
 
 SIZE_GROUPS = ("small", "medium", "large")  # of an object that is asked for: GeoChat-Bench's
 MANY = ("geochat_bench", "rsvqa")  # sources of several benchmarks
@@ -31,15 +30,19 @@ class Answerer:
         self.config, self.blind = config, blind
         self.device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
         model, processor = assemble.load(folder)
-        self.model = assemble.RowModel(model).to(self.device).eval()
         self.tokenizer = processor.tokenizer
+        self.model = row_model(model, processor.image_processor, vocabulary=len(self.tokenizer)).to(self.device).eval()
         self.made_with = load_manifest(config.data.shards)["settings"]
         options = config.evaluate
-        self.packer = Packer(
-            self.tokenizer, IMAGE, assemble.image_tokens(model), max_response=10**6, questions_per_row=options.questions_per_row
-        )
-        self.size = model.config.vision_config.image_size
-        self.forbidden = assemble.forbidden_tokens(self.tokenizer, model.config.text_config.vocab_size).to(self.device)
+        self.size = assemble.image_side(model, config.image_size)
+        image_token = self.tokenizer.convert_ids_to_tokens(self.model.image_token)
+        with torch.no_grad():
+            tokens = self.model.image_tokens(self.size)
+        self.packer = Packer(self.tokenizer, image_token, tokens, 10**6, options.questions_per_row, self.model.around())
+        self.model.begin(self.packer.prefix, self.packer.prompt, self.size)
+        if not self.model.takes_rows:
+            self.packer.questions_per_row = 1
+        self.forbidden = assemble.forbidden_tokens(self.tokenizer, len(self.tokenizer)).to(self.device)
 
     def __call__(self, row: dict) -> dict:
         """{"groups": JSON of row groups} -> {"predictions": JSON list of dicts, "set_aside": JSON list of reasons}."""
@@ -55,8 +58,7 @@ class Answerer:
     def answer(self, batch: MicroBatch) -> list[dict]:
         """A prediction for every question of a batch of images, greedily decoded."""
         rows = self.packer.pack(batch.questions).to(self.device)
-        pixels = normalize(torch.from_numpy(batch.pixels).to(self.device))
-        pixels = torch.zeros_like(pixels) if self.blind else pixels
+        pixels = self.model.prepare(torch.from_numpy(batch.pixels).to(self.device), self.blind)
         with torch.inference_mode():
             z = self.model.project(self.model.see(pixels))
         limit = self.config.evaluate.max_response

@@ -5,12 +5,15 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
+    AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
@@ -24,7 +27,6 @@ from transformers import (
 )
 
 from geodistill.config import ModelConfig
-from geodistill.data.rows import Responses, Rows, attends
 from geodistill.language import BOS, EOS, IMAGE, PAD, chat_template
 from geodistill.models.vision import load_tower, new_tower
 
@@ -129,7 +131,32 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, bits: int = 0):
     wrong = {k: sorted(v) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if (v := info.get(k))}
     if wrong:
         raise ValueError(f"{folder}: the weights do not fit its config.json: {wrong}")
-    return model, AutoProcessor.from_pretrained(folder)
+    if isinstance(model, LlavaForConditionalGeneration):
+        return model, AutoProcessor.from_pretrained(folder)
+    return model, Processor(AutoTokenizer.from_pretrained(folder), _image_processor(folder), Path(folder))
+
+
+@dataclass
+class Processor:
+    """What is needed of the processor of another family than LLaVA: theirs cannot be built without torchvision, for videos."""
+
+    tokenizer: Any
+    image_processor: Any
+    folder: Path
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write both, and the settings beside them (of videos, of the whole processor) as they were."""
+        for file in [*self.folder.glob("*processor*.json"), *self.folder.glob("chat_template*")]:
+            shutil.copy(file, folder)
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+
+def _image_processor(folder: str | Path):
+    processor = AutoImageProcessor.from_pretrained(folder)
+    if hasattr(processor, "do_image_splitting"):  # the image as a whole: parts would multiply its tokens, and need texts between
+        processor.do_image_splitting = False
+    return processor
 
 
 def _quantised(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -174,30 +201,46 @@ def weights_digest(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def image_tokens(model) -> int:
-    """How many tokens an image takes in a LLaVA."""
-    vision = model.config.vision_config
-    return (vision.image_size // vision.patch_size) ** 2
-
-
 def forbidden_tokens(tokenizer, vocabulary: int) -> Tensor:
-    """bool [vocabulary]: tokens that no response may hold: image, padding, start, unknown, and rows of the head that the
-    tokenizer does not know. The end token may."""
+    """bool [vocabulary]: tokens that no response may hold: image, padding, start, unknown and all other special ones, and rows
+    of the head that the tokenizer does not know. The end token may."""
     forbidden = torch.arange(vocabulary) >= len(tokenizer)
-    names = (IMAGE, tokenizer.pad_token, tokenizer.bos_token, tokenizer.unk_token)
-    forbidden[[tokenizer.convert_tokens_to_ids(name) for name in names if name]] = True
+    forbidden[[i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i < vocabulary]] = True
     forbidden[tokenizer.eos_token_id] = False  # some tokenizers pad with it
     return forbidden
 
 
-def image_shape_of(folder: str | Path) -> tuple[int, int]:
-    """(image_size, patch_size) in pixels of a saved model or tower, from its config.json alone. Raises ValueError."""
+def image_side(model, given: int) -> int:
+    """Pixels of a side of the square that images are brought to: `given`, or what the tower sees. Raises ValueError."""
+    side = given or getattr(model.config.vision_config, "image_size", 0)
+    side = side[0] if isinstance(side, list | tuple) else side
+    if not side:
+        raise ValueError(f"{type(model).__name__} takes images of any size: set image_size=PIXELS, the side they are brought to")
+    return side
+
+
+def image_reading(folder: str | Path) -> dict[str, Any]:
+    """What decides the image tokens of a saved model or tower, from its JSON files alone. Raises ValueError.
+
+    Of a LLaVA: image_size and patch_size in pixels; of another family, how its image processor cuts an image as well.
+    """
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} holds no model (config.json is missing); run the job that writes it, or correct the path")
     config = json.loads(file.read_text())
     vision = config.get("vision_config", config)
-    return vision["image_size"], vision["patch_size"]
+    if "vision_config" not in config or config["model_type"] == "llava":
+        return {"model_type": "llava", "image_size": vision["image_size"], "patch_size": vision["patch_size"]}
+    found = {"model_type": config["model_type"]}
+    found |= {k: vision[k] for k in ("image_size", "patch_size", "spatial_merge_size") if k in vision}
+    found |= {k: config[k] for k in ("downsample_ratio", "scale_factor", "image_grid_pinpoints", "image_token_id") if k in config}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (Path(folder) / name).is_file():
+            settings = json.loads((Path(folder) / name).read_text())
+            settings = settings.get("image_processor", settings)
+            names = ("size", "min_pixels", "max_pixels", "image_mean", "image_std", "max_image_size", "crop_size")
+            found |= {k: settings[k] for k in names if k in settings}
+    return found
 
 
 def vocabulary_of(folder: str | Path) -> dict[str, int]:
@@ -208,29 +251,37 @@ def vocabulary_of(folder: str | Path) -> dict[str, int]:
     return Tokenizer.from_file(str(file)).get_vocab()
 
 
-def check_pair(teacher: str | Path, student_vocabulary: dict[str, int], student_image: tuple[int, int]) -> None:
+def check_pair(teacher: str | Path, student_vocabulary: dict[str, int], student_image: dict[str, Any]) -> None:
     """Raise ValueError before any weight is loaded if teacher and student cannot write one response together.
 
-    student_image: (image_size, patch_size) in pixels.
+    student_image: its `image_reading`.
     """
-    size, patch = image_shape_of(teacher)
-    if (size, patch) != student_image:
+    image = image_reading(teacher)
+    if image != student_image:
+        odd = [k for k in sorted(image.keys() | student_image.keys()) if image.get(k) != student_image.get(k)]
+        odd = ["model_type"] if "model_type" in odd else odd
+        counts = []
+        for one in (image, student_image):
+            tokens = f"{(one['image_size'] // one['patch_size']) ** 2} image tokens, " if one["model_type"] == "llava" else ""
+            counts.append(tokens + ", ".join(f"{k} {one.get(k)}" for k in odd))
         raise ValueError(
-            f"the teacher {teacher} sees {(size // patch) ** 2} image tokens ({size} pixels in patches of {patch}), the student "
-            f"{(student_image[0] // student_image[1]) ** 2} ({student_image[0]} in {student_image[1]}): "
-            "give student.model.vision the teacher's image_size and patch"
+            f"the teacher {teacher} and the student see an image in different tokens (teacher: {counts[0]}; student: {counts[1]})"
+            "; choose a student of the same family that sees as much, or give student.model.vision the teacher's image_size and "
+            "patch"
         )
     vocabulary = vocabulary_of(teacher)
     if vocabulary != student_vocabulary:
-        odd = sorted(set(vocabulary.items()) ^ set(student_vocabulary.items()))[:3]
+        different = sorted(set(vocabulary.items()) ^ set(student_vocabulary.items()))[:3]
         raise ValueError(
             f"teacher {teacher} ({len(vocabulary)} tokens) and student ({len(student_vocabulary)} tokens) have different "
-            f"vocabularies, for example {odd}: token distributions can only be compared over one vocabulary"
+            f"vocabularies, for example {different}: token distributions can only be compared over one vocabulary"
         )
 
 
 def same_tower(a, b, dtype: torch.dtype = torch.float32) -> bool:
     """Do two models hold the same vision tower, weight for weight in `dtype`, and read the same layers of it?"""
+    if not all(isinstance(m, LlavaForConditionalGeneration) for m in (a, b)):
+        return False  # other families' towers are not apart from their projectors
     left, right = a.model.vision_tower.state_dict(), b.model.vision_tower.state_dict()
     read = [
         (m.config.vision_feature_layer, *(getattr(m.config.vision_config, k, None) for k in ("vit_layers", "conv_stages")))
@@ -241,63 +292,3 @@ def same_tower(a, b, dtype: torch.dtype = torch.float32) -> bool:
         and read[0] == read[1]
         and all(left[k].shape == right[k].shape and torch.equal(left[k].to(dtype), right[k].to(dtype)) for k in left)
     )
-
-
-class RowModel(nn.Module):
-    """A LLaVA that reads image rows. `align`: the learned map A of L_align, trained with the student, never exported."""
-
-    def __init__(self, model, align: nn.Module | None = None, freeze_tower: bool = True):
-        super().__init__()
-        assert model.config._attn_implementation == "sdpa", "only SDPA reads a boolean row mask as a mask"
-        self.model = model
-        self.align = align
-        self.tower_frozen = freeze_tower
-        if freeze_tower:
-            model.model.vision_tower.requires_grad_(False)
-
-    def see(self, pixels_BCHW: Tensor) -> Tensor:
-        """Normalised images -> tower features [B, N, H]."""
-        config = self.model.config
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.tower_frozen):
-            output = self.model.model.vision_tower(pixel_values=pixels_BCHW.to(self.model.dtype), output_hidden_states=True)
-        return output.hidden_states[config.vision_feature_layer][:, 1:]
-
-    def project(self, features_BNH: Tensor) -> Tensor:
-        """Tower features -> image embeddings z [B, N, D]."""
-        return self.model.model.multi_modal_projector(features_BNH)
-
-    def hidden(self, ids_RQ: Tensor, position_RQ: Tensor, mask_R1QK: Tensor, z_RND: Tensor | None = None, cache=None) -> Tensor:
-        """Last hidden states [R, Q, D]. `z_RND` replaces the image tokens of `ids_RQ`; `cache` is extended in place."""
-        embeds = self.model.get_input_embeddings()(ids_RQ)
-        if z_RND is not None:
-            at_image = (ids_RQ == self.model.config.image_token_id)[..., None]
-            embeds = embeds.masked_scatter(at_image, z_RND.to(embeds.dtype))
-        return self.model.model.language_model(
-            inputs_embeds=embeds,
-            position_ids=position_RQ,
-            attention_mask=mask_R1QK,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., D] -> logits [..., V]."""
-        return self.model.lm_head(hidden)
-
-    def forward(
-        self, rows: Rows, responses: Responses, features_BNH: Tensor | None, pixels_BCHW: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Logits [M, V] of the valid response tokens, and z [B, N, D] (through `align` where there is one).
-
-        features_BNH: tower features; None: the tower is trained and runs here, on `pixels_BCHW`.
-        """
-        if features_BNH is None:
-            assert pixels_BCHW is not None
-            features_BNH = self.see(pixels_BCHW)
-        z = self.project(features_BNH)
-        branch = torch.cat([rows.branch_RP, responses.branch_RC], 1)
-        position = torch.cat([rows.position_RP, responses.position_RC], 1)
-        ids = torch.cat([rows.ids_RP, responses.ids_RC], 1)
-        hidden = self.hidden(ids, position, attends(branch, position, branch, position), z[rows.image_R])
-        logits = self.head(hidden[:, rows.ids_RP.shape[1] :][responses.valid_RC])
-        return logits, z if self.align is None else self.align(z)

@@ -17,6 +17,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from geodistill.config import LoraConfig
+from geodistill.models.row_model import language_model, projector
 
 ADAPTER = "default"
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager]
@@ -29,10 +30,11 @@ def tune(model, policy: str, lora: LoraConfig) -> None:
     """
     if policy == "full":
         return
-    language = model.model.language_model
+    language = language_model(model)
     model.requires_grad_(False)
     if policy == "lora":
-        linear = [f"model.language_model.{name}" for name, part in language.named_modules() if isinstance(part, nn.Linear)]
+        inside = {id(part) for part in language.modules() if isinstance(part, nn.Linear)}
+        linear = [name for name, part in model.named_modules() if id(part) in inside]
         adapter = PeftConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=linear)
         inject_adapter_in_model(adapter, model, ADAPTER)
     elif policy == "bias":
@@ -48,17 +50,6 @@ def tune(model, policy: str, lora: LoraConfig) -> None:
         parameter.requires_grad_(wanted)
 
 
-def projector(model) -> nn.Module:
-    """What leads from the vision tower to the language model. Raises ValueError for a model whose projector is not known."""
-    for name in ("multi_modal_projector", "connector", "visual.merger"):
-        found = model.model
-        for part in name.split("."):
-            found = getattr(found, part, None)
-        if found is not None:
-            return found
-    raise ValueError(f"{type(model).__name__} has no projector that is known; use tuning=full")
-
-
 def _make_biases(model) -> None:
     """Zero biases on the linear layers whose bias is a field of the language model's config, so that it is saved and read."""
     text = model.config.get_text_config()
@@ -66,7 +57,7 @@ def _make_biases(model) -> None:
         if not hasattr(text, field):
             continue
         setattr(text, field, True)
-        for name, module in model.model.language_model.named_modules():
+        for name, module in language_model(model).named_modules():
             if f".{part}." in name and isinstance(module, nn.Linear) and module.bias is None:
                 module.bias = nn.Parameter(module.weight.new_zeros(module.out_features))
 

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,9 @@ from geodistill.data.files import download
 from geodistill.data.rows import Rows
 from geodistill.data.stream import MicroBatch, PackerSpec, new_packer, read_split, stream
 from geodistill.distill.step import Distiller, Experience, Labelled
-from geodistill.language import IMAGE
 from geodistill.models import assemble
+from geodistill.models.row_model import RowModel, row_model
 from geodistill.models.tuning import merged_weights, tune
-from geodistill.models.vision import normalize
 from geodistill.train import checkpoint, engine
 from geodistill.train.plan import check_memory
 from geodistill.train.reporter import Reporter
@@ -73,7 +73,7 @@ def align_map(config: Config, student, teacher) -> nn.Module | None:
     loss = config.distill.loss
     if teacher is None or loss.align == 0:
         return None
-    widths = student.config.text_config.hidden_size, teacher.config.text_config.hidden_size
+    widths = student.config.get_text_config().hidden_size, teacher.config.get_text_config().hidden_size
     if loss.align_map == "linear":
         return nn.Linear(*widths, bias=False)
     if widths[0] != widths[1]:
@@ -107,13 +107,20 @@ class Run:
         tune(self.model, train.tuning, train.lora)
         if config.cluster.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        student = assemble.RowModel(self.model, align, frozen).to(self.device)
+        tokenizer, images = self.processor.tokenizer, self.processor.image_processor
+        vocabulary = len(tokenizer)
+        student = row_model(self.model, images, align, frozen, vocabulary).to(self.device).eval()
         frozen_teacher = None
         if teacher is not None:
             on_device = teacher if config.distill.teacher_bits else teacher.to(self.device)  # bitsandbytes has moved it
-            frozen_teacher = assemble.RowModel(on_device).eval().requires_grad_(False)
-            if config.cluster.shard_teacher:
-                engine.shard(frozen_teacher, config.cluster)
+            frozen_teacher = row_model(on_device, images, vocabulary=vocabulary).eval().requires_grad_(False)
+        folder = Path(stage.folder) / "tokenizer"
+        if self.rank == 0:
+            tokenizer.save_pretrained(folder)
+        dist.barrier()
+        self._read_images(student, frozen_teacher, str(folder))
+        if frozen_teacher is not None and config.cluster.shard_teacher:
+            engine.shard(frozen_teacher, config.cluster)
 
         # Every step runs the same number of backward passes on every worker: one per micro-batch, one more for D_PT.
         self.micros = train.images_per_step // (train.images_per_micro_batch * self.world)
@@ -123,7 +130,6 @@ class Run:
         self.progress = checkpoint.restore(self.engine)
         self.teacher_in_shards = frozen_teacher if config.cluster.shard_teacher else None
 
-        tokenizer, vocabulary = self.processor.tokenizer, self.model.config.text_config.vocab_size
         forbidden = assemble.forbidden_tokens(tokenizer, vocabulary).to(self.device)
         self.distiller = Distiller(
             student,
@@ -134,24 +140,36 @@ class Run:
             train.max_response,
             shared,
         )
-        folder = Path(stage.folder) / "tokenizer"
-        if self.rank == 0:
-            tokenizer.save_pretrained(folder)
-        dist.barrier()
-        size = self.model.config.vision_config.image_size
-        tokens = assemble.image_tokens(self.model)
-        self.spec = PackerSpec(str(folder), IMAGE, tokens, size, train.max_response, train.questions_per_row)
+
+    def _read_images(self, student: RowModel, teacher: RowModel | None, tokenizer: str) -> None:
+        """Make the packer, and let both models show that they read what it packs."""
+        train, readers = self.stage.train, [student] if teacher is None else [student, teacher]
+        side = assemble.image_side(self.model, self.config.image_size)
+        with torch.no_grad():
+            tokens = student.image_tokens(side)
+        image_token = self.processor.tokenizer.convert_ids_to_tokens(student.image_token)
+        self.spec = PackerSpec(
+            tokenizer, image_token, tokens, side, train.max_response, train.questions_per_row, student.around()
+        )
         self.packer = new_packer(self.spec)
+        for reader in readers:
+            reader.begin(self.packer.prefix, self.packer.prompt, side)
+        if not all(reader.takes_rows for reader in readers):
+            self.spec = replace(self.spec, questions_per_row=1)
+            self.packer = new_packer(self.spec)
+        if self.rank == 0:
+            rows = f"image rows of up to {self.spec.questions_per_row} questions"
+            one = "one question a row: this family does not take the mask of image rows"
+            print(f"[{self.stage.name}] {tokens} image tokens, {rows if self.spec.questions_per_row > 1 else one}", flush=True)
 
     def stream(self, splits: list[str], seed: int):
         """This worker's micro-batches from the current step on."""
         return stream(self.config, splits, self.stage.train, self.spec, seed, self.rank, self.world, self.progress.step)
 
-    def rows(self, batch: MicroBatch) -> tuple[Rows, Tensor]:
-        """(rows, normalised pixels [B, 3, S, S]) on the device; zeros for a blind stage."""
-        pixels = normalize(torch.from_numpy(batch.pixels).to(self.device))
-        pixels = torch.zeros_like(pixels) if self.stage.train.blind else pixels
-        return self.packer.pack(batch.questions).to(self.device), pixels.to(self.dtype)
+    def rows(self, batch: MicroBatch) -> tuple[Rows, Any]:
+        """(rows, what the models take of the images) on the device; images of nothing for a blind stage."""
+        pixels = self.distiller.student.prepare(torch.from_numpy(batch.pixels).to(self.device), self.stage.train.blind)
+        return self.packer.pack(batch.questions).to(self.device), pixels
 
     def sampler(self, step: int, number: int) -> torch.Generator:
         """What samples the responses of this worker's micro-batch `number` of a step: the same whatever worker has it, and

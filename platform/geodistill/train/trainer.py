@@ -40,6 +40,8 @@ def settings_of(config: Config, stage: Stage) -> dict:
     manifest = load_manifest(config.data.shards)["splits"]
     found["shards"] = [shard["sha256"] for split in sorted(splits & manifest.keys()) for shard in manifest[split]["shards"]]
     found["cluster"] = {key: getattr(config.cluster, key) for key in ("workers", "precision", "zero_stage")}
+    if config.image_size:
+        found["image_size"] = config.image_size
     if stage.teacher:
         found["teacher_bits"] = config.distill.teacher_bits
     loss = asdict(config.distill.loss)
@@ -109,9 +111,8 @@ def check_stage(config: Config, stage: Stage) -> None:
         return
     model = getattr(config, stage.role).model
     start = stage.weights or model.init
-    image = (
-        assemble.image_shape_of(start or model.tower) if start or model.tower else (model.vision.image_size, model.vision.patch)
-    )
+    sizes = {"model_type": "llava", "image_size": model.vision.image_size, "patch_size": model.vision.patch}
+    image = assemble.image_reading(start or model.tower) if start or model.tower else sizes
     assemble.check_pair(stage.teacher, assemble.vocabulary_of(start or stage.teacher), image)
 
 

@@ -1,0 +1,300 @@
+"""Other families than LLaVA, tiny and with random weights, through the same rows, decoding and update."""
+
+import copy
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    GotOcr2ImageProcessorPil,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMImageProcessorPil,
+)
+
+from geodistill.config import LoraConfig, LossConfig
+from geodistill.data.rows import Packer
+from geodistill.data.stream import to_micro_batch
+from geodistill.distill.step import Distiller
+from geodistill.language import IMAGE
+from geodistill.models import assemble
+from geodistill.models.row_model import language_model, row_model
+from geodistill.models.tuning import merged_weights, tune
+
+SIDE, LIMIT = 56, 6
+MARKS = ["<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<img>", "</img>", "<fake_token_around_image>", "<global-img>"]
+TEXT = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 48}
+CLIP = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "hidden_size": 16}
+
+
+@pytest.fixture(scope="module")
+def words(tokenizer) -> PreTrainedTokenizerFast:
+    """The tests' tokenizer, with every mark that a family writes around an image."""
+    found = copy.deepcopy(tokenizer)
+    found.add_special_tokens({"additional_special_tokens": [IMAGE, *MARKS]})
+    return found
+
+
+def llava_next(words, hidden: int):
+    config = LlavaNextConfig(
+        vision_config={"model_type": "clip_vision_model", **CLIP, "image_size": 28, "patch_size": 14, "projection_dim": 16},
+        text_config={"model_type": "llama", "vocab_size": len(words) + 9, "hidden_size": hidden, **TEXT},
+        image_token_index=words.convert_tokens_to_ids(IMAGE),
+        image_grid_pinpoints=[[56, 56], [28, 56]],
+    )
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=[[56, 56], [28, 56]]
+    )
+    return LlavaNextForConditionalGeneration(config), images
+
+
+def qwen(words, hidden: int):
+    marks = {"image": IMAGE, "vision_start": MARKS[0], "vision_end": MARKS[1], "video": MARKS[2]}
+    ids = {f"{name}_token_id": words.convert_tokens_to_ids(mark) for name, mark in marks.items()}
+    rope = {
+        "rope_type": "default",
+        "mrope_section": [hidden // 2 // 4, hidden // 2 // 8, hidden // 2 // 8],
+        "rope_theta": 10000.0,
+    }
+    text = {"vocab_size": len(words) + 5, "hidden_size": hidden, **TEXT, "rope_parameters": rope, "rope_scaling": rope}
+    vision = {"depth": 2, "hidden_size": 16, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": hidden,
+              "fullatt_block_indexes": [1], "window_size": 56}  # fmt: skip
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
+    return Qwen2_5_VLForConditionalGeneration(config), Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 112)
+
+
+def internvl(words, hidden: int):
+    config = InternVLConfig(
+        vision_config={**CLIP, "image_size": [56, 56], "patch_size": [14, 14]},
+        text_config={"model_type": "qwen2", "vocab_size": len(words), "hidden_size": hidden, **TEXT},
+        image_token_id=words.convert_tokens_to_ids(IMAGE),
+        image_seq_length=4,
+    )
+    return InternVLForConditionalGeneration(config), GotOcr2ImageProcessorPil(
+        size={"height": 56, "width": 56}, crop_to_patches=False
+    )
+
+
+def smolvlm(words, hidden: int):
+    config = SmolVLMConfig(
+        vision_config={**CLIP, "image_size": 56, "patch_size": 14},
+        text_config={"model_type": "llama", "vocab_size": len(words), "hidden_size": hidden, **TEXT, "pad_token_id": 0},
+        image_token_id=words.convert_tokens_to_ids(IMAGE),
+        scale_factor=2,
+        pad_token_id=0,
+    )
+    images = SmolVLMImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 56}, do_image_splitting=False)
+    return SmolVLMForConditionalGeneration(config), images
+
+
+FAMILIES = {"llava_next": llava_next, "qwen2_5_vl": qwen, "internvl": internvl, "smolvlm": smolvlm}
+
+
+def sharpen(model) -> None:
+    """Weights that make peaked distributions, so that faults show."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folders(request, words, tmp_path_factory):
+    """Saved teacher and student of one family."""
+    made = {}
+    for name, hidden in (("teacher", 64), ("student", 32)):
+        torch.manual_seed(len(made))
+        model, images = FAMILIES[request.param](words, hidden)
+        sharpen(model)
+        made[name] = tmp_path_factory.mktemp(request.param) / name
+        model.save_pretrained(made[name])
+        words.save_pretrained(made[name])
+        images.save_pretrained(made[name])
+    return made
+
+
+def read(folder, frozen: bool = True):
+    model, processor = assemble.load(folder)
+    tokenizer = processor.tokenizer
+    rows = row_model(model, processor.image_processor, freeze_tower=frozen, vocabulary=len(tokenizer)).eval()
+    packer = Packer(tokenizer, IMAGE, rows.image_tokens(SIDE), 40, 4, rows.around())
+    rows.begin(packer.prefix, packer.prompt, SIDE)
+    return rows, packer, processor
+
+
+def test_a_family_distils_for_a_few_steps(folders, records):
+    """Rollout, reverse KL and alignment: the loss falls on the same images; what is frozen stays; the result is loaded again."""
+    teacher, packer, processor = read(folders["teacher"])
+    student, _, _ = read(folders["student"])
+    teacher.requires_grad_(False)
+    student.align = torch.nn.Linear(32, 64)
+    before = merged_weights(student.model)
+    forbidden = assemble.forbidden_tokens(processor.tokenizer, len(processor.tokenizer))
+    distiller = Distiller(student, teacher, LossConfig(long=0.0, align=0.01), forbidden, processor.tokenizer.eos_token_id, LIMIT)
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=3e-3)
+    batch = to_micro_batch(records[:3], packer, SIDE)
+    rows, pixels = packer.pack([asked[:4] for asked in batch.questions]), student.prepare(torch.from_numpy(batch.pixels))
+    assert rows.last_Rn.shape[1] > 1
+    seen = []
+    for _ in range(6):
+        item = distiller.rollout(rows, pixels, torch.Generator().manual_seed(0))
+        assert not forbidden[item.batch.token].any()
+        value, metrics = distiller.on_policy_pass(student, item, len(item.batch.token), item.z_teacher[..., 0].numel())
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(metrics["reverse_kl"].item() / len(item.batch.token))
+    assert np.isfinite(seen).all() and seen[-1] < 0.9 * seen[0]
+    after = merged_weights(student.model)
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert any("lm_head" in n or "embed_tokens" in n for n in moved) and any(
+        "project" in n or "connector" in n or "merger" in n for n in moved
+    )
+    assert not any(("vision" in n or "visual" in n) and "merger" not in n for n in moved)
+    out = folders["student"].with_name("out")
+    shutil.rmtree(out, ignore_errors=True)
+    assemble.save(student.model, processor, out, after)
+    again = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32).state_dict()
+    assert all(torch.equal(again[name], after[name]) for name in after)
+    assert assemble.load(out)[1].image_processor.to_dict() == processor.image_processor.to_dict()
+
+
+def test_a_row_of_questions_is_what_the_family_says_of_each(folders, records):
+    """Log-probabilities of answers, three questions a row, against the model's own forward pass on one question at a time."""
+    student, packer, _ = read(folders["student"])
+    batch = to_micro_batch(records[3:5], packer, SIDE)
+    asked = [[q for q in questions if q.response][:3] for questions in batch.questions]
+    pixels = torch.from_numpy(batch.pixels)
+    rows = packer.pack(asked)
+    responses = packer.answers(rows)
+    with torch.no_grad():
+        logits, z = student(rows, responses, None, student.prepare(pixels))
+    assert z.shape[1] == packer.prefix.count(student.image_token)
+    at = 0
+    for i, questions in enumerate(asked):
+        own = student.prepare(pixels[i : i + 1])
+        for question in questions:
+            ids = torch.tensor([packer.prefix + question.prompt + question.response])
+            kinds = {"mm_token_type_ids": (ids == student.image_token).int()} if "qwen" in student.model.config.model_type else {}
+            with torch.no_grad():
+                true = student.model(input_ids=ids, **own, **kinds).logits[0, -len(question.response) - 1 : -1]
+            found = logits[at : at + len(question.response)]
+            torch.testing.assert_close(found, true[:, : found.shape[1]], rtol=1e-4, atol=2e-4)
+            at += len(question.response)
+    assert at == len(logits)
+
+
+def test_adapters_are_merged_into_what_is_saved(folders, tmp_path):
+    rows, packer, processor = read(folders["student"])
+    torch.manual_seed(0)
+    tune(rows.model, "lora", LoraConfig(rank=3, dropout=0.0))
+    trained = {name for name, p in rows.model.named_parameters() if p.requires_grad}
+    assert all("lora_" in n or any(k in n for k in ("project", "connector", "merger")) for n in trained)
+    with torch.no_grad():
+        for name, parameter in rows.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    assemble.save(rows.model, processor, tmp_path / "model", merged_weights(rows.model))
+    again, _ = assemble.load(tmp_path / "model")
+    ids = torch.tensor([packer.prompt])
+    with torch.no_grad():
+        one, two = (m(input_ids=ids).logits for m in (rows.model, again))
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+class Around(torch.nn.Module):
+    """A language model that wraps another."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def get_input_embeddings(self):
+        return self.inner.get_input_embeddings()
+
+
+class NoRows(Around):
+    """It takes masks of two dimensions alone."""
+
+    def forward(self, attention_mask=None, **given):
+        if attention_mask is not None and attention_mask.dim() == 4:
+            raise ValueError("attention_mask must have two dimensions")
+        return self.inner(attention_mask=attention_mask, **given)
+
+
+def test_a_model_without_the_row_mask_takes_one_question_a_row(teacher, make_packer, records):
+    model = copy.deepcopy(teacher)
+    plain = row_model(copy.deepcopy(teacher), None).eval()
+    model.model.language_model = NoRows(language_model(model))
+    rows = row_model(model, None).eval()
+    packer = make_packer(1)
+    rows.begin(packer.prefix, packer.prompt, 32)
+    assert not rows.takes_rows
+    plain.begin(packer.prefix, packer.prompt, 32)
+    assert plain.takes_rows
+    batch = to_micro_batch(records[:2], packer, 32)
+    asked = packer.pack([q[:2] for q in batch.questions])
+    with torch.no_grad():
+        pixels = rows.prepare(torch.from_numpy(batch.pixels))
+        one, two = (m(asked, packer.answers(asked), m.see(pixels))[0] for m in (rows, plain))
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+class Mixer(Around):
+    """In it every token sees all before it, whatever the mask says, as in a recurrent one."""
+
+    def forward(self, inputs_embeds, attention_mask=None, **given):
+        return self.inner(inputs_embeds=inputs_embeds.cumsum(1), attention_mask=attention_mask, **given)
+
+
+def test_a_model_that_heeds_no_mask_is_refused(teacher, make_packer):
+    model = copy.deepcopy(teacher)
+    model.model.language_model = Mixer(language_model(model))
+    packer = make_packer(1)
+    with pytest.raises(ValueError, match="reads neither a row mask nor padding"):
+        row_model(model, None).eval().begin(packer.prefix, packer.prompt, 32)
+
+
+def test_a_family_that_does_more_with_an_image_is_refused(folders):
+    model, processor = assemble.load(folders["student"])
+    rows = row_model(model, processor.image_processor, vocabulary=len(processor.tokenizer)).eval()
+    packer = Packer(processor.tokenizer, IMAGE, rows.image_tokens(SIDE), 40, 4, rows.around())
+    see = rows.see
+    rows.see = lambda pixels: see(pixels).flip(1)
+    with pytest.raises(ValueError, match="does more with an image than put it in place"):
+        rows.begin(packer.prefix, packer.prompt, SIDE)
+
+
+@pytest.mark.parametrize("folders", ["qwen2_5_vl"], indirect=True)
+def test_a_pair_that_does_not_agree_is_refused_before_weights(folders, words, tokenizer, tmp_path):
+    """Another family, another cut of the image, another vocabulary: each within seconds, from the JSON files alone."""
+    began = time.time()
+    student = folders["student"]
+    good = assemble.image_reading(student)
+    vocabulary = assemble.vocabulary_of(student)
+    assemble.check_pair(folders["teacher"], vocabulary, good)
+    llava = {"model_type": "llava", "image_size": 64, "patch_size": 8}
+    with pytest.raises(
+        ValueError, match=r"different tokens.*model_type qwen2_5_vl; student: 64 image tokens, .*model_type llava"
+    ):
+        assemble.check_pair(folders["teacher"], vocabulary, llava)
+    other = tmp_path / "other"
+    shutil.copytree(student, other, ignore=shutil.ignore_patterns("*.safetensors"))
+    Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=224 * 224).save_pretrained(other)
+    with pytest.raises(ValueError, match="different tokens"):
+        assemble.check_pair(folders["teacher"], vocabulary, assemble.image_reading(other))
+    with pytest.raises(ValueError, match="different vocabularies"):
+        assemble.check_pair(folders["teacher"], tokenizer.get_vocab(), good)
+    assert time.time() - began < 5
