@@ -1,12 +1,13 @@
 # make demo          the whole way on generated scenes, 12 minutes on two cores
 # make demo-seeds    the same comparison over three seeds          make demo-teacher   make the shipped teacher again
+# make earthgpt      EarthGPT's tower and its two stages           make towers         the same with CLIP's tower, compared
 # make test          the tests                                     make lint           ruff and mypy
 PYTHON ?= python3
 ARGS ?=
 export RAY_ADDRESS ?= local
 PY = .venv/bin/python
 
-.PHONY: demo demo-seeds demo-teacher test lint clean
+.PHONY: demo demo-seeds demo-teacher earthgpt towers test lint clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed; try: make PYTHON=python3.11 $(MAKECMDGOALS)" if sys.version_info < (3, 11) else 0)'
@@ -25,6 +26,17 @@ demo-teacher: .venv/installed
 	$(PY) jobs/prepare.py --config configs/demo-teacher.yaml $(ARGS)
 	$(PY) jobs/finetune.py --config configs/demo-teacher.yaml role=teacher $(ARGS)
 	@echo "made runs/demo-teacher/teacher/model; copy it to configs/demo-teacher to ship it"
+
+earthgpt: .venv/installed
+	$(PY) jobs/pretrain.py --config configs/earthgpt.yaml $(ARGS)
+	$(PY) jobs/prepare.py --config configs/earthgpt.yaml $(ARGS)
+	$(PY) jobs/prepare.py --config configs/earthgpt.yaml 'data.shards=$${run}/general' data.seed=1 data.train=3840 data.test=0 $(ARGS)
+	$(PY) jobs/finetune.py --config configs/earthgpt.yaml role=blind $(ARGS)
+	$(PY) jobs/finetune.py --config configs/earthgpt.yaml role=teacher 'teacher.model.init=$${run}/blind/model' $(ARGS)
+	$(PY) jobs/evaluate.py --config configs/earthgpt.yaml $(ARGS)
+
+towers: earthgpt
+	$(PY) jobs/towers.py --config configs/earthgpt.yaml $(ARGS)
 
 test: .venv/installed
 	$(PY) -m pytest

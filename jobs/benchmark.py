@@ -1,6 +1,7 @@
-"""Measure this machine: `python jobs/benchmark.py data --config FILE [key=value ...]`; writes run/benchmark/data.json.
+"""Measure this machine: `python jobs/benchmark.py data|step --config FILE [key=value ...]`; writes run/benchmark/NAME.json.
 
 data: the stream against a plain PIL loop, its memory, and (from a finished run) the share of a step that waits for data.
+step: memory, time and rates of a worker's share of a step of distill.train on one device, with random weights, beside plan.py's.
 """
 
 import json
@@ -21,7 +22,17 @@ def data(config: Config) -> None:
     print(f"\n{data_table(found)}\n\nfigures: {file}")
 
 
-BENCHMARKS: dict[str, Callable[[Config], None]] = {"data": data}
+def step(config: Config) -> None:
+    from geodistill.step_benchmark import measure_step, step_table
+
+    found = measure_step(config)
+    file = Path(config.run) / "benchmark/step.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found, indent=1))
+    print(f"\n{step_table(found)}\n\nfigures: {file}")
+
+
+BENCHMARKS: dict[str, Callable[[Config], None]] = {"data": data, "step": step}
 
 if __name__ == "__main__":
     name = sys.argv.pop(1) if len(sys.argv) > 1 else ""
@@ -31,4 +42,4 @@ if __name__ == "__main__":
     if name not in BENCHMARKS:
         print(f"benchmark: cannot measure {name!r}; the first argument is one of: {', '.join(BENCHMARKS)}", file=sys.stderr)
         raise SystemExit(2)
-    main("benchmark", BENCHMARKS[name])
+    main("benchmark", BENCHMARKS[name], needs_ray=lambda config: name == "data")

@@ -5,35 +5,12 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tiny import history, same, settings
-
-from geodistill.config import Config
+from tiny import history, same, settings, train
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
-def train(config: Config, job: str) -> None:
-    from geodistill.train.stage import stages
-    from geodistill.train.trainer import fit
-
-    for stage in stages(config, job):
-        fit(config, stage)
-
-
-@pytest.fixture(scope="session")
-def first(ray_cluster, tmp_path_factory) -> Config:
-    """A prepared data set, a teacher, a baseline and a distilled student, all trained by one worker over two micro-batches."""
-    from geodistill.data.prepare import prepare
-
-    config = settings(tmp_path_factory.mktemp("train") / "one")
-    prepare(config, parallel=True)
-    train(settings(Path(config.run), "role=teacher"), "finetune")
-    train(config, "finetune")
-    train(config, "distill")
-    return config
-
-
-@pytest.mark.parametrize(("workers", "stage"), [(2, 0), (2, 1), (2, 2), (1, 0), (1, 2)])
+@pytest.mark.parametrize(("workers", "stage"), [(2, 2), (1, 0)])
 def test_workers_and_zero_stages_learn_the_same(first, workers, stage):
     """Same global batch, same losses, gradient norms and weights as one worker with ZeRO 1 and accumulation."""
     run = Path(first.run).parent / f"workers{workers}zero{stage}"
@@ -41,7 +18,7 @@ def test_workers_and_zero_stages_learn_the_same(first, workers, stage):
     same(Path(first.run) / "baseline", run / "baseline")
 
 
-@pytest.mark.parametrize(("workers", "stage"), [(2, 2), (1, 0)])
+@pytest.mark.parametrize(("workers", "stage"), [(2, 3)])
 def test_workers_and_zero_stages_distil_the_same(first, workers, stage):
     """kd and the on-policy loop: the sampled responses follow from seed and step alone, so even they are the same."""
     run = Path(first.run).parent / f"distil{workers}zero{stage}"

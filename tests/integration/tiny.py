@@ -25,6 +25,14 @@ def settings(run: Path, *overrides: str) -> Config:
     return load(None, [f"run={run}", f"data.shards={run.parent}/data", *TINY, *overrides])
 
 
+def train(config: Config, job: str) -> None:
+    from geodistill.train.stage import stages
+    from geodistill.train.trainer import fit
+
+    for stage in stages(config, job):
+        fit(config, stage)
+
+
 def history(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

@@ -15,8 +15,8 @@ from geodistill.config import Config, ModelConfig, TrainConfig, changed, load, s
 from geodistill.data.rows import Responses, Rows, respond
 from geodistill.distill.decode import new_cache
 from geodistill.distill.step import Distiller
-from geodistill.models.row_model import RowModel
 from geodistill.models.cost import TOKENS, architecture, shape, size
+from geodistill.models.row_model import RowModel
 from geodistill.models.tuning import tune
 from geodistill.train import plan
 from geodistill.train.stage import Stage, stages

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from geodistill.models.assemble import image_reading
-from geodistill.models.row_model import RowModel
 from geodistill.models.earthgpt import VitConvNetConfig, VitConvNetModel, alignment, new_vit_convnet
+from geodistill.models.row_model import RowModel
 from geodistill.models.vision import pretrain_tower
 
 SIDE, PATCH, GRID = 64, 8, 8

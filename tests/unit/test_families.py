@@ -7,22 +7,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoModelForImageTextToText,
-    GotOcr2ImageProcessorPil,
-    InternVLConfig,
-    InternVLForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaNextImageProcessorPil,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLImageProcessorPil,
-    SmolVLMConfig,
-    SmolVLMForConditionalGeneration,
-    SmolVLMImageProcessorPil,
-)
+from families import FAMILIES, SIDE, save_pair
+from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessorPil
 
 from geodistill.config import LoraConfig, LossConfig
 from geodistill.data.rows import Packer
@@ -33,96 +19,13 @@ from geodistill.models import assemble
 from geodistill.models.row_model import language_model, row_model
 from geodistill.models.tuning import merged_weights, tune
 
-SIDE, LIMIT = 56, 6
-MARKS = ["<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<img>", "</img>", "<fake_token_around_image>", "<global-img>"]
-TEXT = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 48}
-CLIP = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "hidden_size": 16}
-
-
-@pytest.fixture(scope="module")
-def words(tokenizer) -> PreTrainedTokenizerFast:
-    """The tests' tokenizer, with every mark that a family writes around an image."""
-    found = copy.deepcopy(tokenizer)
-    found.add_special_tokens({"additional_special_tokens": [IMAGE, *MARKS]})
-    return found
-
-
-def llava_next(words, hidden: int):
-    config = LlavaNextConfig(
-        vision_config={"model_type": "clip_vision_model", **CLIP, "image_size": 28, "patch_size": 14, "projection_dim": 16},
-        text_config={"model_type": "llama", "vocab_size": len(words) + 9, "hidden_size": hidden, **TEXT},
-        image_token_index=words.convert_tokens_to_ids(IMAGE),
-        image_grid_pinpoints=[[56, 56], [28, 56]],
-    )
-    images = LlavaNextImageProcessorPil(
-        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=[[56, 56], [28, 56]]
-    )
-    return LlavaNextForConditionalGeneration(config), images
-
-
-def qwen(words, hidden: int):
-    marks = {"image": IMAGE, "vision_start": MARKS[0], "vision_end": MARKS[1], "video": MARKS[2]}
-    ids = {f"{name}_token_id": words.convert_tokens_to_ids(mark) for name, mark in marks.items()}
-    rope = {
-        "rope_type": "default",
-        "mrope_section": [hidden // 2 // 4, hidden // 2 // 8, hidden // 2 // 8],
-        "rope_theta": 10000.0,
-    }
-    text = {"vocab_size": len(words) + 5, "hidden_size": hidden, **TEXT, "rope_parameters": rope, "rope_scaling": rope}
-    vision = {"depth": 2, "hidden_size": 16, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": hidden,
-              "fullatt_block_indexes": [1], "window_size": 56}  # fmt: skip
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
-    return Qwen2_5_VLForConditionalGeneration(config), Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 112)
-
-
-def internvl(words, hidden: int):
-    config = InternVLConfig(
-        vision_config={**CLIP, "image_size": [56, 56], "patch_size": [14, 14]},
-        text_config={"model_type": "qwen2", "vocab_size": len(words), "hidden_size": hidden, **TEXT},
-        image_token_id=words.convert_tokens_to_ids(IMAGE),
-        image_seq_length=4,
-    )
-    return InternVLForConditionalGeneration(config), GotOcr2ImageProcessorPil(
-        size={"height": 56, "width": 56}, crop_to_patches=False
-    )
-
-
-def smolvlm(words, hidden: int):
-    config = SmolVLMConfig(
-        vision_config={**CLIP, "image_size": 56, "patch_size": 14},
-        text_config={"model_type": "llama", "vocab_size": len(words), "hidden_size": hidden, **TEXT, "pad_token_id": 0},
-        image_token_id=words.convert_tokens_to_ids(IMAGE),
-        scale_factor=2,
-        pad_token_id=0,
-    )
-    images = SmolVLMImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 56}, do_image_splitting=False)
-    return SmolVLMForConditionalGeneration(config), images
-
-
-FAMILIES = {"llava_next": llava_next, "qwen2_5_vl": qwen, "internvl": internvl, "smolvlm": smolvlm}
-
-
-def sharpen(model) -> None:
-    """Weights that make peaked distributions, so that faults show."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5)
+LIMIT = 6
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def folders(request, words, tmp_path_factory):
+def folders(request, tokenizer, tmp_path_factory):
     """Saved teacher and student of one family."""
-    made = {}
-    for name, hidden in (("teacher", 64), ("student", 32)):
-        torch.manual_seed(len(made))
-        model, images = FAMILIES[request.param](words, hidden)
-        sharpen(model)
-        made[name] = tmp_path_factory.mktemp(request.param) / name
-        model.save_pretrained(made[name])
-        words.save_pretrained(made[name])
-        images.save_pretrained(made[name])
-    return made
+    return save_pair(request.param, tokenizer, tmp_path_factory.mktemp(request.param))
 
 
 def read(folder, frozen: bool = True):
@@ -278,7 +181,7 @@ def test_a_family_that_does_more_with_an_image_is_refused(folders):
 
 
 @pytest.mark.parametrize("folders", ["qwen2_5_vl"], indirect=True)
-def test_a_pair_that_does_not_agree_is_refused_before_weights(folders, words, tokenizer, tmp_path):
+def test_a_pair_that_does_not_agree_is_refused_before_weights(folders, tokenizer, tmp_path):
     """Another family, another cut of the image, another vocabulary: each within seconds, from the JSON files alone."""
     began = time.time()
     student = folders["student"]
