@@ -31,9 +31,9 @@ def settings(arguments: list[str]) -> dict:
         raise ValueError(f"dtype={found['dtype']}: give bf16, fp16 or fp32")
     if found.get("check", "true") not in ("true", "false"):
         raise ValueError(f"check={found['check']}: give true or false")
-    if not found.get("image_size", "1").isdecimal():
-        raise ValueError(f"image_size={found['image_size']}: give pixels, such as 504")
     if "image_size" in found:
+        if not found["image_size"].isdecimal() or not int(found["image_size"]):
+            raise ValueError(f"image_size={found['image_size']}: give pixels, such as 504")
         found["image_size"] = int(found["image_size"])
     return {**found, "check": found.get("check", "true") == "true"}
 
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         print(f"convert: {error}", file=sys.stderr)
         return 2
-    from geodistill.models.checkpoints import convert
+    from geodistill.models.convert import convert
 
     try:
         convert(**chosen)

@@ -12,5 +12,13 @@ def distill_job(config: Config) -> None:
         fit(config, stage)
 
 
+def check_models(config: Config) -> None:
+    """Refuse a teacher and a student that cannot be compared in the first seconds, before Ray starts."""
+    from geodistill.models.pair import check_stage_pair
+    from geodistill.train.stage import stages
+
+    check_stage_pair(config, stages(config, "distill")[0])
+
+
 if __name__ == "__main__":
-    main("distill", distill_job)
+    main("distill", distill_job, check=check_models)

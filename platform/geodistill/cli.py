@@ -33,13 +33,19 @@ def settings(job: str, argv: list[str] | None = None) -> Config:
         raise SystemExit(2) from error
 
 
-def main(job: str, work: Callable[[Config], None], needs_ray: Callable[[Config], bool] = lambda config: True) -> None:
-    """Run `work` with the settings of the command line, in the cluster of this process or a local Ray.
+def main(
+    job: str,
+    work: Callable[[Config], None],
+    needs_ray: Callable[[Config], bool] = lambda config: True,
+    check: Callable[[Config], None] = lambda config: None,
+) -> None:
+    """Run `check`, then `work`, with the settings of the command line, the latter in the cluster of this process or a local Ray.
 
     Exit codes: 0 done; 1 data or training failed, with the reason on stderr; 2 wrong settings, before Ray starts.
     """
     config = settings(job)
     try:
+        check(config)
         if needs_ray(config):
             from geodistill.cluster import connect
 

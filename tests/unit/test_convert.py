@@ -30,8 +30,10 @@ from transformers import (
 )
 
 from geodistill.language import IMAGE, SYSTEM
-from geodistill.models import assemble, checkpoints
-from geodistill.models.checkpoints import convert, interpolate_positions
+from geodistill.models import assemble, checkpoints, pair
+from geodistill.models import convert as conversion
+from geodistill.models.checkpoints import ours
+from geodistill.models.convert import convert, interpolate_positions
 
 JOB = Path(__file__).parents[2] / "jobs" / "convert.py"
 TOWER = "model.vision_tower.vision_tower.vision_model."
@@ -55,11 +57,11 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def tiny(seed: int = 0, pixels: int = 48, dtype: torch.dtype = torch.float32):
+def tiny(seed: int = 0, pixels: int = 48, dtype: torch.dtype = torch.float32, patch: int = 2):
     """The parts of a LLaVA with peaked distributions: a 2-pixel patch, so 48 pixels are 577 rows and 72 are 1297."""
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
-        hidden_size=64, intermediate_size=48, num_hidden_layers=3, num_attention_heads=1, image_size=pixels, patch_size=2
+        hidden_size=64, intermediate_size=48, num_hidden_layers=3, num_attention_heads=1, image_size=pixels, patch_size=patch
     )
     text = LlamaConfig(
         hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=ROWS
@@ -217,7 +219,8 @@ def test_the_project_loads_what_was_converted_and_its_prompt_has_the_tokens_of_t
         "default",
         "gelu",
     )
-    assert assemble.image_shape_of(tmp_path / "out") == (48, 2) and assemble.vocabulary_of(tmp_path / "out")[IMAGE] == ROWS
+    assert (config.vision_config.image_size, config.vision_config.patch_size) == (48, 2)
+    assert pair.vocabulary_of(tmp_path / "out")[IMAGE] == ROWS
     assert loaded.generation_config.pad_token_id == config.text_config.pad_token_id == ROWS + 1
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -229,11 +232,11 @@ def test_the_project_loads_what_was_converted_and_its_prompt_has_the_tokens_of_t
     assert ids == [1, *left, *[ROWS] * 576, *right]
 
 
-@pytest.mark.parametrize("whole_clip", [False, True])
-def test_a_tower_in_its_own_folder_is_widened_to_1297_rows(tmp_path, tokenizer, whole_clip):
+@pytest.mark.parametrize("whole_clip, mark", [(False, "vision_model."), (False, ""), (True, "vision_model.")])
+def test_a_tower_in_its_own_folder_is_widened_to_1297_rows(tmp_path, tokenizer, whole_clip, mark):
     model = tiny()
     source = store(tmp_path / "a", keys(model, tower=False), original_config(model), tokenizer)
-    state = {"vision_model." + name.removeprefix("vision_model."): t for name, t in model.tower.state_dict().items()}
+    state = {mark + name.removeprefix("vision_model."): t for name, t in model.tower.state_dict().items()}
     vision = {**model.tower.config.to_dict(), "model_type": "clip_vision_model"}
     if whole_clip:
         state |= {
@@ -257,11 +260,43 @@ def test_a_tower_in_its_own_folder_is_widened_to_1297_rows(tmp_path, tokenizer, 
 def test_a_checkpoint_of_1297_rows_keeps_them_whatever_its_config_says(tmp_path, tokenizer, monkeypatch):
     model = tiny(pixels=72)
     source = store(tmp_path / "a", keys(model), original_config(model, model_type="geochat"), tokenizer, kind="safetensors")
-    monkeypatch.setattr(checkpoints, "SHARD", "200KB")
+    monkeypatch.setattr(conversion, "SHARD", "200KB")
     report = convert(source, tmp_path / "out")
     same(model, tmp_path / "out", pixels=72)
     assert report["image_size"] == {"source": 72, "output": 72}
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 3
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_geochat_is_widened_to_504_pixels_unless_it_is_so(tmp_path, tokenizer, held):
+    model = tiny(pixels=504 if held else 42, patch=14)
+    rows = getattr(model.tower, "vision_model", model.tower).embeddings.position_embedding.weight.detach()
+    source = store(tmp_path / "a", keys(model), original_config(model, model_type="geochat"), tokenizer)
+    report = convert(source, tmp_path / "out")
+    assert report["image_size"] == {"source": 504 if held else 42, "output": 504}
+    found = load_file(tmp_path / "out/model.safetensors")["vision_tower.vision_model.embeddings.position_embedding.weight"]
+    np.testing.assert_allclose(found.double().numpy(), bicubic(rows.double().numpy(), 36), atol=1e-5)
+
+
+def test_parameters_and_a_weight_that_two_names_share_are_written(tmp_path, tokenizer):
+    model = tiny()
+    state = keys(model)
+    model.language.lm_head.weight = model.language.model.embed_tokens.weight
+    state["model.embed_tokens.weight"] = state["lm_head.weight"] = nn.Parameter(state["model.embed_tokens.weight"])
+    convert(store(tmp_path / "a", state, original_config(model), tokenizer), tmp_path / "out")
+    same(model, tmp_path / "out")
+
+
+def test_weights_of_several_dtypes_are_compared_as_they_are(tmp_path, tokenizer):
+    model = tiny()
+    state = {n: t.half() if "mlp" in n else t.bfloat16() if "attn" in n else t for n, t in keys(model).items()}
+    source = store(tmp_path / "a", state, original_config(model), tokenizer)
+    assert convert(source, tmp_path / "hub", dtype="fp32")["largest_difference"] < 1e-5
+    file = tmp_path / "hub/model.safetensors"
+    save_file({n: t.half() if "mlp" in n else t.clone() for n, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "hub/config.json").read_text())
+    (tmp_path / "hub/config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    assert convert(tmp_path / "hub", tmp_path / "out", dtype="fp16")["largest_difference"] < 1e-5
 
 
 def test_weights_that_the_dtype_cannot_hold_are_refused_by_name(tmp_path, tokenizer):
@@ -295,13 +330,11 @@ def test_an_adapter_is_merged_into_the_base_beside_it(tmp_path, tokenizer, prefi
         {prefix + name.removeprefix("model."): tensor for name, tensor in others.items()}, source / "non_lora_trainables.bin"
     )
     report = convert(source, tmp_path / "out", dtype="fp32")
-    assert report["kind"] == "adapter" and report["merged"] == 4
+    assert report["kind"] == "adapter over original" and report["merged"] == 4
     same(model, tmp_path / "out")
-    # in half precision only the rounding of the merged weights is between the two
-    half_report = convert(source, tmp_path / "half")
-    assert 1e-6 < half_report["largest_difference"] < 1e-2 and half_report["tolerance"] == 2e-2
-    convert(source, tmp_path / "coarse", dtype="bf16")
-    same(model, tmp_path / "half", tolerance=1e-2)
+    for dtype, tolerance in (("fp16", 1e-2), ("bf16", 1e-1)):  # rounded only after the logits were compared
+        assert convert(source, tmp_path / dtype, dtype=dtype)["largest_difference"] < 1e-5
+        same(model, tmp_path / dtype, tolerance=tolerance)
 
 
 def test_what_was_trained_beside_an_adapter_wins_over_its_base(tmp_path, tokenizer):
@@ -321,6 +354,99 @@ def test_what_was_trained_beside_an_adapter_wins_over_its_base(tmp_path, tokeniz
     same(model, tmp_path / "out")
 
 
+PEFT_OLD = {  # how peft named a LLaVA's modules before and since transformers 4.52, whose tower lost a level in version 5
+    "base_model.model.model.language_model.": "base_model.model.language_model.model.",
+    "base_model.model.lm_head.": "base_model.model.language_model.lm_head.",
+    "base_model.model.model.vision_tower.": "base_model.model.vision_tower.vision_model.",
+    "base_model.model.model.multi_modal_projector.": "base_model.model.multi_modal_projector.",
+}
+
+
+@pytest.mark.parametrize("old_names", [False, True])
+@pytest.mark.parametrize("targets, saved", [(["q_proj", "v_proj"], ["multi_modal_projector"]), ("all-linear", None)])
+def test_an_adapter_that_peft_stored_over_a_transformers_llava_is_merged(tmp_path, tokenizer, old_names, targets, saved):
+    model = tiny(dtype=torch.float16)
+    convert(
+        store(tmp_path / "a", keys(model), original_config(model), tokenizer), tmp_path / "hub", dtype="fp16", check=False
+    )  # an adapter is stored in float32
+    lora = LoraConfig(r=4, lora_alpha=6, target_modules=targets, modules_to_save=saved)
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "hub", dtype=torch.float32)
+    trained = get_peft_model(base, lora).eval()
+    torch.manual_seed(1)
+    for name, parameter in trained.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            parameter.data = 0.2 * torch.randn(parameter.shape)
+    source = tmp_path / "adapter"
+    trained.save_pretrained(source)
+    assert not (source / "config.json").exists()
+    stored = load_file(source / "adapter_model.safetensors")
+    assert any("vision_tower" in name for name in stored)  # q_proj is CLIP's name too
+    if old_names:
+        for new, old in PEFT_OLD.items():
+            stored = {old + n.removeprefix(new) if n.startswith(new) else n: t.clone() for n, t in stored.items()}
+        save_file(stored, source / "adapter_model.safetensors")
+    report = convert(source, tmp_path / "out", base=tmp_path / "hub", dtype="fp32")
+    assert report["kind"] == "adapter over transformers" and report["merged"] == sum("lora_A" in name for name in stored)
+    noise = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(3))
+    ids = torch.tensor([[*BEFORE, *[ROWS] * 576, *AFTER]])
+    with torch.no_grad():
+        want = trained(input_ids=ids, pixel_values=noise).logits[0]
+    assert (after(tmp_path / "out", noise) - want).abs().max() <= 1e-5 * want.abs().max()
+    assert convert(source, tmp_path / "wide", image_size=72, dtype="bf16")["largest_difference"] < 1e-5  # its base is named
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_a_scale_wrong_by_one_percent_is_refused_in_every_dtype(tmp_path, tokenizer, monkeypatch, dtype):
+    model = tiny()
+    convert(store(tmp_path / "a", keys(model), original_config(model), tokenizer), tmp_path / "hub", check=False)
+    lora = LoraConfig(r=4, lora_alpha=6, target_modules=["down_proj"])
+    trained = get_peft_model(AutoModelForImageTextToText.from_pretrained(tmp_path / "hub"), lora)
+    for name, parameter in trained.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    trained.save_pretrained(tmp_path / "adapter")
+
+    def wrong(*arguments):
+        c = checkpoints.read(*arguments)
+        c.lora = {name: (a, b, 1.01 * scale) for name, (a, b, scale) in c.lora.items()}
+        return c
+
+    convert(tmp_path / "adapter", tmp_path / "right", dtype=dtype)
+    monkeypatch.setattr(conversion, "read", wrong)
+    with pytest.raises(ValueError, match="its logits are not those of"):
+        convert(tmp_path / "adapter", tmp_path / "out", dtype=dtype)
+
+
+def test_one_bit_that_was_written_otherwise_is_refused_by_name(tmp_path, tokenizer, monkeypatch):
+    model = tiny(dtype=torch.float16)
+    source = store(tmp_path / "a", keys(model, dtype=torch.float16), original_config(model), tokenizer)
+
+    def flip(tensors, *rest, **more):
+        tensors["language_model.model.layers.1.mlp.up_proj.weight"].view(torch.int16)[3, 4] ^= 1
+        save_file(tensors, *rest, **more)
+
+    monkeypatch.setattr(conversion, "save_file", flip)
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight is not what was to be written"):
+        convert(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "published",
+    [
+        "language_model.model.layers.0.mlp.up_proj.weight",  # the hub's LLaVAs
+        "model.language_model.layers.0.mlp.up_proj.weight",  # transformers since 4.52
+        "model.layers.0.mlp.up_proj.weight",  # LLaVA's and GeoChat's own
+        "base_model.model.model.layers.0.mlp.up_proj.weight",  # the same under peft
+        "base_model.model.model.language_model.layers.0.mlp.up_proj.weight",
+        "base_model.model.language_model.model.layers.0.mlp.up_proj.weight",
+    ],
+)
+def test_every_published_name_is_one_written_name(published):
+    assert ours(published) == "language_model.model.layers.0.mlp.up_proj.weight"
+    assert ours("model.image_newline") == "model.image_newline"
+
+
 @pytest.mark.parametrize("new_names", [False, True])
 def test_a_transformers_folder_passes_through_under_old_and_new_names(tmp_path, tokenizer, new_names):
     model = tiny()
@@ -334,6 +460,8 @@ def test_a_transformers_folder_passes_through_under_old_and_new_names(tmp_path, 
             name = name.replace("vision_tower.vision_model", "model.vision_tower").replace("multi_modal", "model.multi_modal")
             renamed[name] = tensor.clone()
         save_file(renamed, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="holds its own; leave it away"):
+        convert(source, tmp_path / "out", tower=source)
     report = convert(source, tmp_path / "out")
     assert report["kind"] == "transformers" and report["rows"] == {"source": ROWS + 2, "output": ROWS + 2}
     same(model, tmp_path / "out")
@@ -354,10 +482,25 @@ def test_lacking_surplus_and_misshapen_weights_are_all_named_before_anything_is_
     source = store(tmp_path / "a", state, original_config(model), tokenizer)
     with pytest.raises(ValueError) as error:
         convert(source, tmp_path / "out")
-    lacks = r"lacks: model.layers.*.mlp.up_proj.weight (2), model.mm_projector.2.bias, model.norm.weight;"
+    lacks = "lacks: language_model.model.layers.*.mlp.up_proj.weight (2), language_model.model.norm.weight, multi_modal_projector"
     assert lacks in str(error.value) and "surplus: model.image_newline;" in str(error.value)
     assert f"shape: lm_head.weight [{ROWS + 1}, 64] (config.json asks for [{ROWS}, 64])" in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_weight_under_two_names_is_refused(tmp_path, tokenizer):
+    model = tiny()
+    state = keys(model) | {"model.lm_head.weight": torch.zeros(ROWS, 64)}
+    with pytest.raises(ValueError, match=r"lm_head.weight and (model.)?lm_head.weight are the same weight"):
+        convert(store(tmp_path / "a", state, original_config(model), tokenizer), tmp_path / "out")
+
+
+def test_integer_weights_are_refused_by_name(tmp_path, tokenizer):
+    model = tiny()
+    state = keys(model)
+    state["model.layers.1.mlp.up_proj.weight"] = state["model.layers.1.mlp.up_proj.weight"].to(torch.int8)
+    with pytest.raises(ValueError, match=r"neither .*: model.layers.1.mlp.up_proj.weight\. Nothing was written"):
+        convert(store(tmp_path / "a", state, original_config(model), tokenizer), tmp_path / "out")
 
 
 class Evil:
@@ -378,6 +521,14 @@ def test_a_pickle_of_anything_but_tensors_is_refused_and_not_run(tmp_path, token
     )  # preferred, where it is there
     convert(source, tmp_path / "out", check=False)
     same(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("damaged", [b"", b"version https://git-lfs.github.com/spec/v1", b"\x80\x02}.", b"ag0", b"e."])
+def test_a_damaged_pickle_is_refused_by_name(tmp_path, tokenizer, damaged):
+    source = store(tmp_path / "a", {}, original_config(tiny()), tokenizer)
+    (source / "pytorch_model.bin").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"pytorch_model.bin (cannot be read|is refused)"):
+        convert(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
@@ -430,7 +581,9 @@ def test_an_adapter_over_the_wrong_base_is_refused_by_the_names_it_changes(tmp_p
     state["model.layers.1.mlp.up_proj.weight"] = torch.zeros(80, 72)
     del state["model.layers.0.mlp.up_proj.weight"]
     base = store(tmp_path / "base", state, original_config(model), tokenizer)
-    with pytest.raises(ValueError, match=r"does not hold what the adapter changes: model.layers.\*.mlp.up_proj.weight \(2\)"):
+    with pytest.raises(
+        ValueError, match=r"not hold what the adapter changes: language_model.model.layers.\*.mlp.up_proj.weight \(2\)"
+    ):
         convert(tmp_path / "adapter", tmp_path / "out", base=base)
     with pytest.raises(ValueError, match=r"None, which it names, is not here; give base=FOLDER"):
         convert(tmp_path / "adapter", tmp_path / "out")
@@ -438,8 +591,13 @@ def test_an_adapter_over_the_wrong_base_is_refused_by_the_names_it_changes(tmp_p
 
 def test_another_transformers_model_is_refused_by_its_type(tmp_path, tokenizer):
     config = {"model_type": "llava_next", "text_config": {}, "vision_config": {}}
+    state = {"multi_modal_projector.linear_1.weight": torch.zeros(2, 2)}
+    source = store(tmp_path / "llava-1.5-7b", state, config, tokenizer)
     with pytest.raises(ValueError, match="model_type 'llava_next' is not supported"):
-        convert(store(tmp_path / "llava-1.5-7b", {"lm_head.weight": torch.zeros(2, 2)}, config, tokenizer), tmp_path / "out")
+        convert(source, tmp_path / "out")
+    config = {"model_type": "llava", "text_config": {"model_type": "mistral"}, "vision_config": {"model_type": "pixtral"}}
+    with pytest.raises(ValueError, match="a LLaVA of pixtral and mistral is not supported"):
+        convert(store(source, state, config), tmp_path / "out")
 
 
 def test_a_language_model_alone_is_no_model(tmp_path, tokenizer):
@@ -452,9 +610,11 @@ def test_a_language_model_alone_is_no_model(tmp_path, tokenizer):
 def test_a_conversion_that_changes_the_logits_is_refused_and_removed(tmp_path, tokenizer, monkeypatch):
     model = tiny()
     source = store(tmp_path / "a", keys(model), original_config(model), tokenizer)
-    swapped = {"model.mm_projector.0.": "linear_2.", "model.mm_projector.2.": "linear_1."}
-    wrong = tuple((old, checkpoints.PROJECTOR + swapped[old] if old in swapped else new) for old, new in checkpoints.ORIGINAL)
-    monkeypatch.setattr(checkpoints, "ORIGINAL", wrong)
+    turned = {"linear_1.": "linear_2.", "linear_2.": "linear_1."}
+    wrong = tuple(
+        (old, checkpoints.PROJECTOR + turned[new[-9:]] if "mm_projector" in old else new) for old, new in checkpoints.NAMES
+    )
+    monkeypatch.setattr(checkpoints, "NAMES", wrong)
     with pytest.raises(ValueError, match="its logits are not those of"):
         convert(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
@@ -495,6 +655,7 @@ def test_the_job_explains_itself_and_its_errors(tmp_path, tokenizer, capsys):
         "source=a": "output missing",
         "source=a output=b dtype=int8": "bf16, fp16 or fp32",
         "source=a output=b image_size=big": "pixels",
+        "source=a output=b image_size=0": "pixels",
         "source=a output=b check=x": "true or false",
     }
     for arguments, message in wrong.items():
@@ -505,7 +666,7 @@ def test_the_job_explains_itself_and_its_errors(tmp_path, tokenizer, capsys):
     code, _, error = run(f"source={tmp_path / 'none'}", f"output={tmp_path / 'out'}")
     assert code == 1 and error.startswith("convert: ") and len(error.splitlines()) == 1
     code, said, error = run(f"source={source}", f"output={tmp_path / 'out'}", "dtype=bf16")
-    assert code == 0 and "limit 2e-01" in said, error
+    assert code == 0 and "limit 1e-04" in said, error
     same(model, tmp_path / "out", tolerance=5e-2)
     code, _, error = run(f"source={source}", f"output={tmp_path / 'out'}")
     assert code == 1 and "is there already" in error

@@ -24,8 +24,8 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from geodistill.models.assemble import image_reading
 from geodistill.models.earthgpt import VitConvNetConfig, VitConvNetModel, alignment, new_vit_convnet
+from geodistill.models.pair import image_reading
 from geodistill.models.row_model import RowModel
 from geodistill.models.vision import pretrain_tower
 

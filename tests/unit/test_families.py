@@ -2,7 +2,10 @@
 
 import copy
 import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,11 +18,12 @@ from geodistill.data.rows import Packer
 from geodistill.data.stream import to_micro_batch
 from geodistill.distill.step import Distiller
 from geodistill.language import IMAGE
-from geodistill.models import assemble
+from geodistill.models import assemble, pair
 from geodistill.models.row_model import language_model, row_model
 from geodistill.models.tuning import merged_weights, tune
 
 LIMIT = 6
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -185,19 +189,30 @@ def test_a_pair_that_does_not_agree_is_refused_before_weights(folders, tokenizer
     """Another family, another cut of the image, another vocabulary: each within seconds, from the JSON files alone."""
     began = time.time()
     student = folders["student"]
-    good = assemble.image_reading(student)
-    vocabulary = assemble.vocabulary_of(student)
-    assemble.check_pair(folders["teacher"], vocabulary, good)
+    good = pair.image_reading(student)
+    vocabulary = pair.vocabulary_of(student)
+    pair.check_pair(folders["teacher"], vocabulary, good)
     llava = {"model_type": "llava", "image_size": 64, "patch_size": 8}
     with pytest.raises(
         ValueError, match=r"different tokens.*model_type qwen2_5_vl; student: 64 image tokens, .*model_type llava"
     ):
-        assemble.check_pair(folders["teacher"], vocabulary, llava)
+        pair.check_pair(folders["teacher"], vocabulary, llava)
     other = tmp_path / "other"
     shutil.copytree(student, other, ignore=shutil.ignore_patterns("*.safetensors"))
     Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=224 * 224).save_pretrained(other)
     with pytest.raises(ValueError, match="different tokens"):
-        assemble.check_pair(folders["teacher"], vocabulary, assemble.image_reading(other))
+        pair.check_pair(folders["teacher"], vocabulary, pair.image_reading(other))
     with pytest.raises(ValueError, match="different vocabularies"):
-        assemble.check_pair(folders["teacher"], tokenizer.get_vocab(), good)
+        pair.check_pair(folders["teacher"], tokenizer.get_vocab(), good)
+    assert time.time() - began < 5
+
+
+@pytest.mark.parametrize("folders", ["internvl"], indirect=True)
+def test_the_job_refuses_such_a_pair_within_five_seconds(folders, tmp_path):
+    command = [sys.executable, "jobs/distill.py", "--config", "configs/demo.yaml", f"run={tmp_path}"]
+    began = time.time()
+    done = subprocess.run(
+        [*command, f"distill.teacher={folders['teacher']}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and done.stderr.startswith("distill: the teacher") and "model_type internvl" in done.stderr
     assert time.time() - began < 5

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -217,65 +216,6 @@ def image_side(model, given: int) -> int:
     if not side:
         raise ValueError(f"{type(model).__name__} takes images of any size: set image_size=PIXELS, the side they are brought to")
     return side
-
-
-def image_reading(folder: str | Path) -> dict[str, Any]:
-    """What decides the image tokens of a saved model or tower, from its JSON files alone. Raises ValueError.
-
-    Of a LLaVA: image_size and patch_size in pixels; of another family, how its image processor cuts an image as well.
-    """
-    file = Path(folder) / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{folder} holds no model (config.json is missing); run the job that writes it, or correct the path")
-    config = json.loads(file.read_text())
-    vision = config.get("vision_config", config)
-    if "vision_config" not in config or config["model_type"] == "llava":
-        return {"model_type": "llava", "image_size": vision["image_size"], "patch_size": vision["patch_size"]}
-    found = {"model_type": config["model_type"]}
-    found |= {k: vision[k] for k in ("image_size", "patch_size", "spatial_merge_size") if k in vision}
-    found |= {k: config[k] for k in ("downsample_ratio", "scale_factor", "image_grid_pinpoints", "image_token_id") if k in config}
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (Path(folder) / name).is_file():
-            settings = json.loads((Path(folder) / name).read_text())
-            settings = settings.get("image_processor", settings)
-            names = ("size", "min_pixels", "max_pixels", "image_mean", "image_std", "max_image_size", "crop_size")
-            found |= {k: settings[k] for k in names if k in settings}
-    return found
-
-
-def vocabulary_of(folder: str | Path) -> dict[str, int]:
-    """Token -> id of a saved model, from its tokenizer.json alone. Raises ValueError where there is none."""
-    file = Path(folder) / "tokenizer.json"
-    if not file.is_file():
-        raise ValueError(f"{folder} holds no tokenizer.json; run the job that writes it, or correct the path")
-    return Tokenizer.from_file(str(file)).get_vocab()
-
-
-def check_pair(teacher: str | Path, student_vocabulary: dict[str, int], student_image: dict[str, Any]) -> None:
-    """Raise ValueError before any weight is loaded if teacher and student cannot write one response together.
-
-    student_image: its `image_reading`.
-    """
-    image = image_reading(teacher)
-    if image != student_image:
-        odd = [k for k in sorted(image.keys() | student_image.keys()) if image.get(k) != student_image.get(k)]
-        odd = ["model_type"] if "model_type" in odd else odd
-        counts = []
-        for one in (image, student_image):
-            tokens = f"{(one['image_size'] // one['patch_size']) ** 2} image tokens, " if one["model_type"] == "llava" else ""
-            counts.append(tokens + ", ".join(f"{k} {one.get(k)}" for k in odd))
-        raise ValueError(
-            f"the teacher {teacher} and the student see an image in different tokens (teacher: {counts[0]}; student: {counts[1]})"
-            "; choose a student of the same family that sees as much, or give student.model.vision the teacher's image_size and "
-            "patch"
-        )
-    vocabulary = vocabulary_of(teacher)
-    if vocabulary != student_vocabulary:
-        different = sorted(set(vocabulary.items()) ^ set(student_vocabulary.items()))[:3]
-        raise ValueError(
-            f"teacher {teacher} ({len(vocabulary)} tokens) and student ({len(student_vocabulary)} tokens) have different "
-            f"vocabularies, for example {different}: token distributions can only be compared over one vocabulary"
-        )
 
 
 def same_tower(a, b, dtype: torch.dtype = torch.float32) -> bool:

@@ -13,6 +13,7 @@ from geodistill.cli import JobFailed
 from geodistill.config import Config, save
 from geodistill.data.shards import load_manifest
 from geodistill.models import assemble
+from geodistill.models.pair import check_stage_pair
 from geodistill.train.stage import Stage
 
 
@@ -107,13 +108,7 @@ def check_stage(config: Config, stage: Stage) -> None:
             f"images_per_micro_batch={stage.train.images_per_micro_batch} of {stage.name} must be a multiple of {per_group}, "
             f"the images_per_group that {config.data.shards} was made with"
         )
-    if not stage.teacher:
-        return
-    model = getattr(config, stage.role).model
-    start = stage.weights or model.init
-    sizes = {"model_type": "llava", "image_size": model.vision.image_size, "patch_size": model.vision.patch}
-    image = assemble.image_reading(start or model.tower) if start or model.tower else sizes
-    assemble.check_pair(stage.teacher, assemble.vocabulary_of(start or stage.teacher), image)
+    check_stage_pair(config, stage)
 
 
 def fit(config: Config, stage: Stage) -> None:
