@@ -29,7 +29,7 @@ class Answerer:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.cluster.workers))
         self.config, self.blind = config, blind
         self.device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
-        model, processor = assemble.load(folder)
+        model, processor = assemble.load(folder, torch.bfloat16 if config.cluster.precision == "bf16" else torch.float32)
         self.tokenizer = processor.tokenizer
         self.model = row_model(model, processor.image_processor, vocabulary=len(self.tokenizer)).to(self.device).eval()
         self.made_with = load_manifest(config.data.shards)["settings"]

@@ -11,9 +11,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from peft import LoraConfig as PeftConfig
-from peft import inject_adapter_in_model
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from geodistill.config import LoraConfig
@@ -33,6 +30,9 @@ def tune(model, policy: str, lora: LoraConfig) -> None:
     language = language_model(model)
     model.requires_grad_(False)
     if policy == "lora":
+        from peft import LoraConfig as PeftConfig  # here: it takes seconds, and imports bitsandbytes with a warning
+        from peft import inject_adapter_in_model
+
         inside = {id(part) for part in language.modules() if isinstance(part, nn.Linear)}
         linear = [name for name, part in model.named_modules() if id(part) in inside]
         adapter = PeftConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=linear)
@@ -74,20 +74,21 @@ def merged_weights(model, gather: Gather = _whole, keep: bool = True) -> dict[st
     at a time is. keep: False: take part in the gathering only, and return nothing. A weight that is tied appears once.
     """
     found: dict[str, Tensor] = {}
-    adapters = {name: part for name, part in model.named_modules() if isinstance(part, LoraLinear)}
+    adapters = {name for name, part in model.named_modules() if hasattr(part, "get_delta_weight")}
     seen: set[int] = set()
     for prefix, part in model.named_modules():
         if any(prefix.startswith(f"{name}.") for name in adapters):
             continue
-        layer = part.get_base_layer() if isinstance(part, LoraLinear) else part
+        adapter = part if prefix in adapters else None
+        layer = adapter.get_base_layer() if adapter else part
         own = {name: value for name, value in layer.named_parameters(recurse=False) if id(value) not in seen}
         seen |= {id(value) for value in own.values()}
-        with gather([*part.parameters()] if isinstance(part, LoraLinear) else [*own.values()]):
+        with gather([*adapter.parameters()] if adapter else [*own.values()]):
             if not keep:
                 continue
             for name, value in own.items():
-                if isinstance(part, LoraLinear) and name == "weight":
-                    value = value + part.get_delta_weight(ADAPTER).to(value.dtype)
+                if adapter and name == "weight":
+                    value = value + adapter.get_delta_weight(ADAPTER).to(value.dtype)
                 found[f"{prefix}.{name}" if prefix else name] = value.detach().to("cpu", copy=True).contiguous()
             for name, buffer in layer.named_buffers(recurse=False):
                 if name not in layer._non_persistent_buffers_set:
