@@ -1,4 +1,4 @@
-"""Ray Train + DeepSpeed + Ray Data for real: one and two workers, ZeRO (test_zero.py: every stage), all methods, NaN, evaluation and report."""
+"""Ray Train + DeepSpeed + Ray Data for real: one worker and two, all methods, NaN, evaluation and report; test_zero.py: ZeRO."""
 
 import json
 from pathlib import Path
