@@ -2,12 +2,13 @@
 # make demo-seeds    the same comparison over three seeds          make demo-teacher   make the shipped teacher again
 # make earthgpt      EarthGPT's tower and its two stages           make towers         the same with CLIP's tower, compared
 # make test          the tests                                     make lint           ruff and mypy
+# make test-all      and the long ones: 10,000 images, every ZeRO stage
 PYTHON ?= python3
 ARGS ?=
 export RAY_ADDRESS ?= local
 PY = .venv/bin/python
 
-.PHONY: demo demo-seeds demo-teacher earthgpt towers test lint clean
+.PHONY: demo demo-seeds demo-teacher earthgpt towers test test-all lint clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed; try: make PYTHON=python3.11 $(MAKECMDGOALS)" if sys.version_info < (3, 11) else 0)'
@@ -40,6 +41,9 @@ towers: earthgpt
 
 test: .venv/installed
 	$(PY) -m pytest
+
+test-all: .venv/installed
+	$(PY) -m pytest -m ''
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -34,8 +34,8 @@ def test_each_stage_changes_the_weights_it_names_and_no_others(ray_cluster, tmp_
     from geodistill.train.trainer import fit
 
     general, init = tmp_path / "general", tmp_path / "init"
-    prepare(settings(tmp_path / "run"), parallel=True)
-    prepare(settings(tmp_path / "run", f"data.shards={general}", "data.seed=1"), parallel=True)
+    prepare(settings(tmp_path / "run"), parallel=False)
+    prepare(settings(tmp_path / "run", f"data.shards={general}", "data.seed=1"), parallel=False)
     config = settings(
         tmp_path / "run", *JOINED, *STAGES, "role=teacher", f"teacher.first.shards={general}", f"teacher.model.init={init}"
     )

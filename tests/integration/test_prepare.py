@@ -127,15 +127,20 @@ def test_s3_for_input_and_output(s3, tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_ten_thousand_images_killed_half_way(tmp_path):
+@pytest.mark.parametrize(
+    ("train", "held_out", "per_shard"), [(1152, 64, 32), pytest.param(9000, 500, 256, marks=pytest.mark.long)]
+)
+def test_thousands_of_images_killed_half_way(tmp_path, train, held_out, per_shard):
     """SIGKILL when half of the shards are there; the same command goes on and ends with the checksums of an unbroken run."""
-    (tmp_path / "c.yaml").write_text("data: {train: 9000, val: 500, test: 500, images_per_shard: 256, vocabulary: 1024}\n")
+    images = train + 2 * held_out
+    sizes = f"train: {train}, val: {held_out}, test: {held_out}, images_per_shard: {per_shard}, vocabulary: 1024"
+    (tmp_path / "c.yaml").write_text(f"data: {{{sizes}}}\n")
 
     def run(name: str) -> subprocess.Popen:
         return start_job("--config", str(tmp_path / "c.yaml"), f"run={tmp_path / name}")
 
     said, _ = run("whole").communicate(timeout=250)
-    assert "10000 images in" in said, said
+    assert f"{images} images in" in said, said
     killed = run("killed")
     folder = tmp_path / "killed" / "data"
     while len(list(folder.glob("*.json"))) < 20 and killed.poll() is None:
@@ -149,5 +154,5 @@ def test_ten_thousand_images_killed_half_way(tmp_path):
     assert said.count("kept from an earlier run") >= 18, said
     whole, resumed = load_manifest(tmp_path / "whole" / "data"), load_manifest(folder)
     assert sums(resumed) == sums(whole) and len(sums(whole)) == 40
-    assert sum(part["images"] for part in resumed["splits"].values()) == 10_000
+    assert sum(part["images"] for part in resumed["splits"].values()) == images
     assert not list(folder.glob("*.tmp"))

@@ -10,7 +10,12 @@ from tiny import history, same, settings, train
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 MORE = ("loss", "grad_norm", "validation_loss", "length", "reverse_kl", "align", "pretrain")
 # what each stage is run with beside: it must not change a figure either
-STAGES = {0: (), 1: (), 2: ("cluster.gradient_checkpointing=true",), 3: ("cluster.shard_teacher=true",)}
+STAGES = {
+    0: (),
+    1: (),
+    2: ("cluster.gradient_checkpointing=true",),
+    3: ("cluster.shard_teacher=true", "cluster.gradient_checkpointing=true"),
+}
 
 
 def rewind(folder: Path, step: int) -> None:
@@ -40,7 +45,7 @@ def whole(first) -> Path:
     return adapters(first, Path(first.run).parent / "zero0", 0)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [pytest.param(stage, marks=[] if stage == 3 else pytest.mark.long) for stage in STAGES])
 def test_a_zero_stage_learns_what_stage_0_does_and_goes_on_from_its_checkpoint(first, whole, stage):
     run = Path(first.run).parent / f"zero{stage}"
     folder = adapters(first, run, stage, *STAGES[stage])

@@ -1,6 +1,7 @@
 """Other families than LLaVA, tiny and with random weights, through the same rows, decoding and update."""
 
 import copy
+import json
 import shutil
 import subprocess
 import sys
@@ -216,3 +217,47 @@ def test_the_job_refuses_such_a_pair_within_five_seconds(folders, tmp_path):
     )
     assert done.returncode == 1 and done.stderr.startswith("distill: the teacher") and "model_type internvl" in done.stderr
     assert time.time() - began < 5
+
+
+@pytest.mark.parametrize("folders", ["qwen2_5_vl"], indirect=True)
+def test_a_published_image_processor_reads_as_the_same_one_saved_again(folders, tmp_path):
+    raw = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 12544, "patch_size": 14}
+    for folder in ("raw", "again"):
+        shutil.copytree(folders["student"], tmp_path / folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "raw/preprocessor_config.json").write_text(json.dumps(raw))
+    Qwen2VLImageProcessorPil.from_pretrained(tmp_path / "raw").save_pretrained(tmp_path / "again")
+    one, two = (pair.image_reading(tmp_path / folder) for folder in ("raw", "again"))
+    assert one["size"] == two["size"] == {"shortest_edge": 3136, "longest_edge": 12544}
+
+
+def test_folders_that_are_no_such_model_are_refused_and_a_whole_clip_is_a_tower(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "llava_llama", "mm_hidden_size": 1024}))
+    with pytest.raises(ValueError, match=r"llava_llama.*convert it with jobs/convert\.py"):
+        pair.image_reading(tmp_path)
+    config.write_text(json.dumps({"model_type": "clip", "vision_config": {"image_size": 336, "patch_size": 14}}))
+    assert pair.image_reading(tmp_path) == {"model_type": "llava", "image_size": 336, "patch_size": 14}
+
+
+def test_a_template_that_ends_in_a_new_line_puts_no_space_before_an_answer(tokenizer, records):
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = (
+        "{% for m in messages %}{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}<image>{% else %}{{ c.text }}"
+        "{% endif %}{% endfor %}\n{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
+    )
+    for template, gap in ((chat.chat_template, ""), (tokenizer.chat_template, " ")):
+        chat.chat_template = template
+        packer = Packer(chat, IMAGE, 4, 99, 4)
+        asked = packer.questions("a", records[0].conversations)
+        assert all(chat.decode(q.response, skip_special_tokens=True) == gap + q.references[0] for q in asked)
+
+
+def test_a_template_in_the_file_of_earlier_versions_is_read(student, processor, tmp_path):
+    assemble.save(student, processor, tmp_path / "model")
+    (tmp_path / "model/chat_template.jinja").unlink()
+    (tmp_path / "model/chat_template.json").write_text(json.dumps({"chat_template": processor.tokenizer.chat_template}))
+    for file in ("tokenizer_config.json", "processor_config.json"):
+        settings = json.loads((tmp_path / "model" / file).read_text())
+        settings.pop("chat_template", None)
+        (tmp_path / "model" / file).write_text(json.dumps(settings))
+    assert assemble.load(tmp_path / "model")[1].tokenizer.chat_template == processor.tokenizer.chat_template

@@ -95,6 +95,10 @@ def test_a_teacher_in_few_bits_says_nearly_the_same_and_takes_less(
     few, _ = assemble.load(tmp_path / "model", bits=bits)
     linear = [p for p in few.model.language_model.layers.parameters() if p.dim() == 2]
     assert all(not p.is_floating_point() for p in linear)
+    assert all(
+        p.is_floating_point() for part in (few.model.vision_tower, few.model.multi_modal_projector) for p in part.parameters()
+    )
+    assert assemble.same_tower(few, whole)
     packer = make_packer(4)
     batch = to_micro_batch(records[:2], packer, 32)
     packed = packer.pack(batch.questions)

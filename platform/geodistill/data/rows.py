@@ -103,6 +103,8 @@ class Packer:
         self.max_response = max_response
         self.questions_per_row = questions_per_row
         ((before, self.prompt),) = self._split([self._prompt([], "?")])
+        if before[:2] == [tokenizer.bos_token_id] * 2:  # the template writes it, and the tokenizer another
+            before = before[1:]
         left, right = (tokenizer(text, add_special_tokens=False).input_ids if text else [] for text in around)
         self.prefix = before[:-1] + left + [self.image_id] * image_tokens + right
 
@@ -119,6 +121,8 @@ class Packer:
         """Token ids of each text up to and after its image token (a special token, so neither side touches the other)."""
         found = []
         for ids in self.tokenizer(texts).input_ids if texts else []:
+            if self.image_id not in ids:
+                raise ValueError(f"the chat template does not write {self.image_token}: this family cannot be read")
             at = ids.index(self.image_id)
             found.append((ids[: at + 1], ids[at + 1 :]))
         return found
@@ -142,7 +146,8 @@ class Packer:
                     break
                 text = self._prompt(history, question)
                 text = text[text.index(self.image_token) :]  # what stands before a special token does not change what follows
-                full = text if answer is None else f"{text} {answer}{self.tokenizer.eos_token}"
+                gap = "" if text[-1:].isspace() else " "  # templates that end in a new line leave none
+                full = text if answer is None else f"{text}{gap}{answer}{self.tokenizer.eos_token}"
                 asked.append((f"conversations[{i}].turns[{j}].answer", conversation, j, text, full))
         ids = self._split([text for *_, prompt, full in asked for text in (prompt, full)])
         found = []

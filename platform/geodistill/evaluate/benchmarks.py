@@ -180,4 +180,6 @@ def fingerprint(config: Config, model: str) -> dict:
     """What decides the answers of a model: its weights, the test shards and the decoding limits."""
     manifest = load_manifest(config.data.shards, [config.evaluate.split])
     shards = [shard["sha256"] for shard in manifest["splits"][config.evaluate.split]["shards"]]
-    return {"weights": assemble.weights_digest(model), "shards": shards, "max_response": config.evaluate.max_response}
+    found = {"weights": assemble.weights_digest(model), "shards": shards, "max_response": config.evaluate.max_response}
+    others = {"image_size": config.image_size, "precision": config.cluster.precision}
+    return found | {key: value for key, value in others.items() if value not in (0, "fp32")}

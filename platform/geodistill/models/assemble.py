@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from transformers import (
 
 from geodistill.config import ModelConfig
 from geodistill.language import BOS, EOS, IMAGE, PAD, chat_template
+from geodistill.models.row_model import is_llava
 from geodistill.models.vision import load_tower, new_tower
 
 
@@ -130,9 +132,14 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, bits: int = 0):
     wrong = {k: sorted(v) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if (v := info.get(k))}
     if wrong:
         raise ValueError(f"{folder}: the weights do not fit its config.json: {wrong}")
-    if isinstance(model, LlavaForConditionalGeneration):
-        return model, AutoProcessor.from_pretrained(folder)
-    return model, Processor(AutoTokenizer.from_pretrained(folder), _image_processor(folder), Path(folder))
+    if is_llava(model.config):
+        processor = AutoProcessor.from_pretrained(folder)
+    else:
+        processor = Processor(AutoTokenizer.from_pretrained(folder), _image_processor(folder), Path(folder))
+    legacy = Path(folder) / "chat_template.json"  # transformers reads it into a processor, not into its tokenizer
+    if not processor.tokenizer.chat_template and legacy.is_file():
+        processor.tokenizer.chat_template = json.loads(legacy.read_text())["chat_template"]
+    return model, processor
 
 
 @dataclass
@@ -153,8 +160,9 @@ class Processor:
 
 def _image_processor(folder: str | Path):
     processor = AutoImageProcessor.from_pretrained(folder)
-    if hasattr(processor, "do_image_splitting"):  # the image as a whole: parts would multiply its tokens, and need texts between
-        processor.do_image_splitting = False
+    for name in ("do_image_splitting", "crop_to_patches"):  # whole images: parts multiply their tokens, and need texts between
+        if hasattr(processor, name):
+            setattr(processor, name, False)
     return processor
 
 
@@ -164,7 +172,8 @@ def _quantised(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(f"a teacher in {bits} bits needs bitsandbytes: pip install 'geodistill[quantised]', or teacher_bits=0")
-    kept = ["lm_head", "vision_tower", "multi_modal_projector"]
+    # the library matches whole names from their start
+    kept = ["lm_head", r"model\.(vision_tower|visual|vision_model|multi_modal_projector|connector)"]
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return BitsAndBytesConfig(
@@ -220,7 +229,7 @@ def image_side(model, given: int) -> int:
 
 def same_tower(a, b, dtype: torch.dtype = torch.float32) -> bool:
     """Do two models hold the same vision tower, weight for weight in `dtype`, and read the same layers of it?"""
-    if not all(isinstance(m, LlavaForConditionalGeneration) for m in (a, b)):
+    if not all(is_llava(m.config) for m in (a, b)):
         return False  # other families' towers are not apart from their projectors
     left, right = a.model.vision_tower.state_dict(), b.model.vision_tower.state_dict()
     read = [
@@ -230,5 +239,5 @@ def same_tower(a, b, dtype: torch.dtype = torch.float32) -> bool:
     return (
         left.keys() == right.keys()
         and read[0] == read[1]
-        and all(left[k].shape == right[k].shape and torch.equal(left[k].to(dtype), right[k].to(dtype)) for k in left)
+        and all(left[k].shape == right[k].shape and torch.equal(*(of[k].to("cpu", dtype) for of in (left, right))) for k in left)
     )

@@ -31,7 +31,10 @@ def image_reading(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds no model (config.json is missing); run the job that writes it, or correct the path")
     config = json.loads(file.read_text())
     vision = config.get("vision_config", config)
-    if "vision_config" not in config or config["model_type"] == "llava":
+    if "vision_config" not in config and "image_size" not in vision:
+        kind = config.get("model_type")
+        raise ValueError(f"{folder} ({kind}) is no image-text-to-text model of transformers: convert it with jobs/convert.py")
+    if "vision_config" not in config or config["model_type"] in ("llava", "clip"):
         return {"model_type": "llava", "image_size": vision["image_size"], "patch_size": vision["patch_size"]}
     found = {"model_type": config["model_type"]}
     found |= {k: vision[k] for k in ("image_size", "patch_size", "spatial_merge_size") if k in vision}
@@ -40,7 +43,10 @@ def image_reading(folder: str | Path) -> dict[str, Any]:
         if (Path(folder) / name).is_file():
             settings = json.loads((Path(folder) / name).read_text())
             settings = settings.get("image_processor", settings)
-            names = ("size", "min_pixels", "max_pixels", "image_mean", "image_std", "max_image_size", "crop_size")
+            pixels = {"shortest_edge": settings.get("min_pixels"), "longest_edge": settings.get("max_pixels")}
+            if any(pixels.values()):  # published Qwen2.5-VL; saved again, they are the edges of its size
+                settings["size"] = (settings.get("size") or {}) | {k: v for k, v in pixels.items() if v}
+            names = ("size", "image_mean", "image_std", "max_image_size", "crop_size")
             found |= {k: settings[k] for k in names if k in settings}
     return found
 

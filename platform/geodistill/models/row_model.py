@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
 
 from geodistill.data.rows import PADDING, Responses, Rows, attends
 from geodistill.models.vision import normalize
@@ -28,6 +27,16 @@ NESTED = ("smolvlm", "idefics3")  # their image processors take a list of images
 NOISE = 0.1  # rounding may make up that share of the effect that a fault would have
 
 
+def is_llava(config) -> bool:
+    """Does it read an image as LLaVA-1.5 does: one layer of a tower without its first token, CLIP's mean and deviation?"""
+    return (
+        config.model_type == "llava"
+        and config.vision_config.model_type in ("clip_vision_model", "vit_convnet")
+        and config.vision_feature_select_strategy == "default"
+        and isinstance(config.vision_feature_layer, int)
+    )
+
+
 def language_model(model) -> nn.Module:
     """The language model of a transformers image-text-to-text model, without its head."""
     return model.model.language_model if hasattr(model.model, "language_model") else model.model.text_model
@@ -38,7 +47,7 @@ def projector(model) -> nn.Module:
     for owner, name in ((model.model, "multi_modal_projector"), (model.model, "connector"), (tower(model), "merger")):
         if hasattr(owner, name):
             return getattr(owner, name)
-    raise ValueError(f"{type(model).__name__} has no projector that is known; train another family, or all of it: tuning=full")
+    raise ValueError(f"{type(model).__name__} has no projector that is known: this family cannot be trained in parts")
 
 
 def tower(model) -> nn.Module:
@@ -46,7 +55,7 @@ def tower(model) -> nn.Module:
     for name in ("vision_tower", "visual", "vision_model"):
         if hasattr(model.model, name):
             return getattr(model.model, name)
-    raise ValueError(f"{type(model).__name__} has no vision tower that is known; set freeze_tower=false")
+    raise ValueError(f"{type(model).__name__} has no vision tower that is known: this family cannot be read yet")
 
 
 class RowModel(nn.Module):
@@ -109,12 +118,12 @@ class RowModel(nn.Module):
 
         self.takes_rows = False  # a plain mask first: every model takes it
         alone, padded = run(branch, [0, 1, 2, 3, 7, 8, 9]), run(torch.where(branch == 1, PADDING, branch))
-        limit = NOISE * (run(branch) - alone).abs().max()
+        limit = NOISE * (run(branch) - alone).norm()
         self.takes_rows = True
         with suppress(ValueError, TypeError, RuntimeError, IndexError):  # what models say to a mask of four dimensions
-            if (run(branch) - alone).abs().max() < limit:
+            if (run(branch) - alone).norm() < limit:
                 return True
-        if (padded - alone).abs().max() < limit:
+        if (padded - alone).norm() < limit:
             return False
         raise ValueError(f"{type(self.model).__name__} reads neither a row mask nor padding between prompt and answer")
 
@@ -248,7 +257,7 @@ class AnyRowModel(RowModel):
         taken = inspect.signature(self.model.model.forward).parameters
         theirs = self.model(input_ids=ids, **{k: own[k] for k in own if k in taken}).logits[0, -1, : self.vocabulary]
         ours, unseen = (self.head(self.hidden(ids, position, mask, image)[0, -1]) for image in (z, z * 0))
-        error, effect = ((other - theirs).abs().max().item() for other in (ours, unseen))
+        error, effect = ((other - theirs).float().norm().item() for other in (ours, unseen))
         if not error < NOISE * effect:
             raise ValueError(
                 f"{type(self.model).__name__} does more with an image than put it in place of its image tokens (logits differ by "
@@ -258,6 +267,6 @@ class AnyRowModel(RowModel):
 
 def row_model(model, image_processor, align: nn.Module | None = None, freeze_tower: bool = True, vocabulary: int | None = None):
     """The RowModel for `model`, a transformers image-text-to-text model with its image processor."""
-    if isinstance(model, LlavaForConditionalGeneration):
+    if is_llava(model.config):
         return RowModel(model, align, freeze_tower, vocabulary)
     return AnyRowModel(model, image_processor, align, freeze_tower, vocabulary)

@@ -74,7 +74,9 @@ def shard(module: nn.Module, cluster: ClusterConfig) -> None:
 
 def whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager:
     """A context inside which those of `parameters` that are in shards are whole, to be read (collective)."""
-    in_shards = [p for p in parameters if hasattr(p, "ds_id")]
+    # small ones that DeepSpeed keeps whole stay so: gathering would end with their being let go of
+    known: list = [p for p in parameters if hasattr(p, "ds_id")]
+    in_shards = [p for p in known if not (p.ds_persist and p.ds_status.name == "AVAILABLE")]
     if not in_shards:
         return nullcontext()
     import deepspeed

@@ -10,7 +10,7 @@ from ray.train import CheckpointConfig, RunConfig, ScalingConfig, TrainingFailed
 from ray.train.torch import TorchTrainer
 
 from geodistill.cli import JobFailed
-from geodistill.config import Config, save
+from geodistill.config import Config, ModelConfig, TrainConfig, save
 from geodistill.data.shards import load_manifest
 from geodistill.models import assemble
 from geodistill.models.pair import check_stage_pair
@@ -65,6 +65,10 @@ def _flatten(tree: dict, prefix: str = "") -> dict:
 
 def _need_same(folder: Path, was: str, old: dict, new: dict, free: tuple[str, ...] = ()) -> None:
     before, now = _flatten(old), _flatten(new)
+    # keys that an earlier version did not know say nothing where they are at their default
+    defaults = {f"train.{k}": v for k, v in _flatten(asdict(TrainConfig())).items()}
+    defaults |= {f"model.{k}": v for k, v in _flatten(asdict(ModelConfig())).items()}
+    before = {k: v for k, v in defaults.items() if k in now} | before
     changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and k not in free]
     if changed:
         shown = "; ".join(f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in changed[:3])
