@@ -1,12 +1,12 @@
 """Pre-train the teacher's vision tower densely on generated scenes (the embedded data set only); writes run/tower."""
 
+from pathlib import Path
+
 from geodistill.cli import settings
+from geodistill.config import Config
 
-if __name__ == "__main__":
-    config = settings("pretrain")
 
-    from pathlib import Path
-
+def pretrain_job(config: Config) -> None:
     import torch
 
     from geodistill.models.vision import new_tower, pretrain_tower
@@ -14,10 +14,14 @@ if __name__ == "__main__":
     folder = Path(config.run) / "tower"
     if (folder / "config.json").is_file():
         print(f"[tower] finished before, in {folder}")
-    else:
-        torch.manual_seed(config.seed)
-        sizes, how = config.teacher.model.vision, config.tower
-        tower = new_tower(sizes)
-        pretrain_tower(tower, how.images, how.steps, how.images_per_step, how.learning_rate, sizes.feature_layer, how.seed)
-        tower.save_pretrained(folder)
-        print(f"[tower] done: {folder}")
+        return
+    torch.manual_seed(config.seed)
+    sizes, how = config.teacher.model.vision, config.tower
+    tower = new_tower(sizes)
+    pretrain_tower(tower, how.images, how.steps, how.images_per_step, how.learning_rate, sizes.feature_layer, how.seed)
+    tower.save_pretrained(folder)
+    print(f"[tower] done: {folder}")
+
+
+if __name__ == "__main__":
+    pretrain_job(settings("pretrain"))

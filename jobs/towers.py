@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from finetune import finetune_job
+from pretrain import pretrain_job
 
 from geodistill.cli import main
 from geodistill.config import Config, changed
@@ -53,16 +54,7 @@ def cost(config: Config) -> dict[str, float]:
 
 def train(config: Config) -> str:
     """What `make earthgpt` does once the data are prepared, skipping what is finished; returns the model's folder."""
-    import torch
-
-    from geodistill.models.vision import new_tower, pretrain_tower
-
-    sizes, how, folder = config.teacher.model.vision, config.tower, Path(config.teacher.model.tower)
-    if not (folder / "config.json").is_file():
-        torch.manual_seed(config.seed)
-        tower = new_tower(sizes)
-        pretrain_tower(tower, how.images, how.steps, how.images_per_step, how.learning_rate, sizes.feature_layer, how.seed)
-        tower.save_pretrained(folder)
+    pretrain_job(config)
     finetune_job(replace(config, role="blind"))
     finetune_job(changed(config, ["role=teacher", f"teacher.model.init={config.run}/blind/model"]))
     return f"{config.run}/teacher/model"
