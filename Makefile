@@ -2,7 +2,7 @@
 # make demo-seeds    the same comparison over three seeds          make demo-teacher   make the shipped teacher again
 # make earthgpt      EarthGPT's tower and its two stages           make towers         the same with CLIP's tower, compared
 # make test          the tests                                     make lint           ruff and mypy
-# make test-all      and the long ones: 10,000 images, every ZeRO stage
+# make test-all      and the long ones: 10,000 images, every ZeRO stage, bf16, EarthGPT
 PYTHON ?= python3
 ARGS ?=
 export RAY_ADDRESS ?= local

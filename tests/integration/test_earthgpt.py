@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 from tiny import settings
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(600)]
 
 JOINED = [
     f"teacher.model.vision.{key}" for key in ("conv_widths=[8,16]", "conv_depths=[1,1]", "vit_layers=[-1,-2]", "feature_layer=-1")

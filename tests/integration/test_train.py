@@ -29,6 +29,7 @@ def test_workers_and_zero_stages_distil_the_same(first, workers, stage):
     same(Path(first.run) / "distill", run / "distill", more)
 
 
+@pytest.mark.long
 def test_bf16(first):
     run = Path(first.run).parent / "bf16"
     config = settings(run, "cluster.precision=bf16", f"distill.teacher={first.distill.teacher}")
