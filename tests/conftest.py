@@ -74,8 +74,13 @@ def forbidden(tokenizer):
 
 @pytest.fixture(scope="session")
 def make_packer(tokenizer):
-    """questions_per_row -> Packer."""
-    return lambda n, max_response=160: Packer(tokenizer, IMAGE, IMAGE_TOKENS, max_response, n)
+    """questions_per_row -> Packer; one piece a row, so that all is in the order of the questions, unless share_rows=True."""
+
+    def make(n: int, max_response: int = 160, share_rows: bool = False, tokens_per_row: int = 0) -> Packer:
+        sizes = {"tokens_per_row": tokens_per_row, "share_rows": share_rows}
+        return Packer(tokenizer, IMAGE, IMAGE_TOKENS, max_response, n, **sizes)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -134,7 +134,10 @@ class TrainConfig:
     steps: int = option(400, "updates of the weights", "steps")
     images_per_step: int = option(16, "global batch over all workers and accumulation steps", "images")
     images_per_micro_batch: int = option(16, "images in one forward and backward of one worker", "images")
-    questions_per_row: int = option(8, "questions at most that share one image row (n)", "questions")
+    questions_per_row: int = option(8, "questions at most that share one image (n)", "questions")
+    tokens_per_row: int = option(
+        0, "tokens at most of an image row, answers included (an unknown one: max_response); 0: no limit", "tokens"
+    )
     max_response: int = option(64, "longest response; a longer one in the data is set aside and counted", "tokens")
     learning_rate: float = option(2e-3, "peak learning rate of AdamW")
     final_learning_rate: float = option(0.1, "last learning rate as a share of the peak (cosine)", "0-1")
@@ -227,7 +230,7 @@ class EvaluateConfig:
     )
     split: str = option("test", "shard split to answer")
     images_per_batch: int = option(32, "images decoded together", "images")
-    questions_per_row: int = option(8, "questions at most that share one image row", "questions")
+    questions_per_row: int = option(8, "questions at most that share one image", "questions")
     max_response: int = option(64, "longest answer", "tokens")
     angle_counter_clockwise: bool = option(True, "sign of theta in the box text")
     samples: int = option(12, "images drawn in the report", "images")
@@ -243,6 +246,12 @@ class ClusterConfig:
     zero_stage: int = option(1, "DeepSpeed ZeRO stage of the student: 0, 1, 2, 3")
     shard_teacher: bool = option(False, "spread the teacher's weights over the workers, and gather them once per rollout")
     gradient_checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, a third more work")
+    attention: str = option(
+        "auto", "how updates read the mask of image rows: sdpa | flex (GPUs) | auto: whichever measures faster"
+    )
+    loss_chunk: int = option(
+        2**23, "logits (response tokens x vocabulary) that a loss has in hand; more come in turn, and again in backward", "logits"
+    )
     data_tasks: int = option(1, "Ray Data tasks that decode at once for one worker", "tasks")
     window: int = option(32, "micro-batches decoded at a time; two windows are in memory at most", "micro-batches")
 
@@ -258,6 +267,15 @@ class PlanConfig:
     questions_per_image: float = option(4.0, "questions of an image, up to questions_per_row in a row", "questions")
     prompt_tokens: int = option(60, "tokens of a question with its prompt", "tokens")
     response_tokens: int = option(16, "tokens of a response", "tokens")
+    workers_per_node: int = option(8, "scaling: workers, and cards, of a node", "processes")
+    node_network: float = option(25.0, "scaling: network of a node, one direction, by the data sheet; 25: 200 Gbit/s", "GB/s")
+    node_cores: int = option(
+        96, "scaling: CPU cores of a node; those of its workers (cluster.cpus_per_worker) decode nothing", "cores"
+    )
+    node_store: float = option(1.0, "scaling: what a node's object store takes and gives of decoded pixels", "GB/s")
+    storage: float = option(10.0, "scaling: what the storage of the shards gives to all nodes together", "GB/s")
+    image_kilobytes: float = option(100.0, "scaling: size of an encoded image, where there are no shards yet", "kB")
+    decode_ms: float = option(7.0, "scaling: time of a core to decode, resize and tokenise an image with its questions", "ms")
 
 
 @dataclass
@@ -285,6 +303,9 @@ class Config:
     system: str = option(SYSTEM, "system text at the head of every prompt")
     image_size: int = option(
         0, "side of the square that images are brought to; 0: what the tower sees (Qwen2.5-VL sees any, and needs it)", "pixels"
+    )
+    features: str = option(
+        "", "stored features of a frozen tower, which stages read in place of images (jobs/features.py); empty: none", "path"
     )
     data: DataConfig = section(DataConfig, "from raw data to shards")
     tower: TowerConfig = section(TowerConfig, "dense pre-training of the demo's vision tower (jobs/pretrain.py)")
@@ -449,6 +470,11 @@ def validate(config: Config) -> None:
     need(-1 <= config.data.duplicate_bits <= 16, f"data.duplicate_bits={config.data.duplicate_bits} must lie between -1 and 16")
     one_of("data.sensor", config.data.sensor, SENSORS)
     one_of("cluster.precision", config.cluster.precision, ("fp32", "bf16"))
+    one_of("cluster.attention", config.cluster.attention, ("auto", "sdpa", "flex"))
+    need(
+        config.cluster.attention != "flex" or config.cluster.use_gpu,
+        "cluster.attention=flex needs GPUs (cluster.use_gpu=true): torch has no backward pass of FlexAttention on CPUs; use auto",
+    )
     need(config.cluster.zero_stage in (0, 1, 2, 3), f"cluster.zero_stage={config.cluster.zero_stage}: use 0, 1, 2 or 3")
     need(config.distill.teacher_bits in (0, 4, 8), f"distill.teacher_bits={config.distill.teacher_bits}: use 0, 8 or 4")
     need(
@@ -461,7 +487,9 @@ def validate(config: Config) -> None:
         need(0 < getattr(config.plan, name) <= 1, f"plan.{name}={getattr(config.plan, name)} must lie above 0 and not above 1")
     for name in ("questions_per_image", "prompt_tokens", "response_tokens"):
         need(getattr(config.plan, name) >= 1, f"plan.{name}={getattr(config.plan, name)} must be at least 1")
-    for key in ("workers", "data_tasks", "window"):
+    for name in ("workers_per_node", "node_network", "node_cores", "node_store", "storage", "image_kilobytes", "decode_ms"):
+        need(getattr(config.plan, name) > 0, f"plan.{name}={getattr(config.plan, name)} must be above 0")
+    for key in ("workers", "data_tasks", "window", "loss_chunk"):
         need(getattr(config.cluster, key) >= 1, f"cluster.{key}={getattr(config.cluster, key)} must be at least 1")
     data = config.data
     need(
@@ -552,6 +580,11 @@ def validate(config: Config) -> None:
         f"distill.loss.updates_per_rollout={loss.updates_per_rollout} clips a ratio per token; "
         "set distill.loss.importance=token or distill.loss.updates_per_rollout=1",
     )
+    need(
+        not config.features or config.student.model.init != "" or config.student.model.tower != "",
+        f"features={config.features} come from a saved tower, but the student's is random: set student.model.init or "
+        "student.model.tower, or features= (images)",
+    )
     trains = {
         "teacher.first": config.teacher.first,
         "teacher.train": config.teacher.train,
@@ -582,6 +615,11 @@ def validate(config: Config) -> None:
             "log_every", "validate_every", "checkpoint_every",
         ):  # fmt: skip
             need(getattr(train, key) >= 1, f"{name}.{key}={getattr(train, key)} must be at least 1")
+        need(
+            train.tokens_per_row == 0 or train.tokens_per_row > train.max_response,
+            f"{name}.tokens_per_row={train.tokens_per_row} does not hold an answer of {name}.max_response={train.max_response}; "
+            f"raise it to the length of the image and some questions with their answers, or set {name}.tokens_per_row=0",
+        )
         share = train.images_per_micro_batch * config.cluster.workers
         need(
             train.images_per_step % share == 0,
@@ -594,6 +632,17 @@ def validate(config: Config) -> None:
             f"data.images_per_group={data.images_per_group}, the unit of reading",
         )
         need(0 <= train.warmup < 1, f"{name}.warmup={train.warmup} must lie in [0, 1)")
+        model = config.teacher.model if name.startswith("teacher") else config.student.model
+        need(
+            not config.features or model.freeze_tower or train.tuning != "full",
+            f"features={config.features} are a frozen tower's, but {name} trains it: set freeze_tower=true for that model, or "
+            "features= (images)",
+        )
+        need(
+            not (config.features and train.augment),
+            f"features={config.features} are those of images as they are, but {name}.augment=true changes them: set "
+            f"{name}.augment=false or features= (images)",
+        )
     need(
         config.distill.pretrain_splits == ["train"],
         f"distill.pretrain_splits={config.distill.pretrain_splits}: the language-modelling term needs answers; set it to [train]",

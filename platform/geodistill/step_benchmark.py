@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from geodistill.config import Config, changed
@@ -28,6 +29,8 @@ from geodistill.train.plan import CARDS, GIB, Load, load_of, memory, models, pea
 from geodistill.train.stage import stages
 
 REPEATS = 3  # medians of their times and the most of their memory are told, after one step that is not counted
+OPERATORS = 10
+NO_OPERATOR = "no operator"
 NO_GPU = "not measured: no GPU"
 NO_END = -1  # no token ends a response, so each is as long as the limit
 
@@ -60,13 +63,16 @@ def random_model(made: PreTrainedConfig, device: torch.device, dtype: torch.dtyp
 
 
 class Clocked(RowModel):
-    """The teacher, which decodes first: it notes when the first decoding step begins, where the prefill has ended."""
+    """It notes when it begins to read, and when its first decoding step begins, where the prefill has ended."""
 
+    reading: float | None = None
     decoding: float | None = None
 
     def hidden(self, ids_RQ: Tensor, position_RQ: Tensor, mask_R1QK: Tensor, z_RND: Tensor | None = None, cache=None) -> Tensor:
         if z_RND is None and self.decoding is None:
             self.decoding = now(ids_RQ.device)
+        if z_RND is not None and self.reading is None:
+            self.reading = now(ids_RQ.device)
         return super().hidden(ids_RQ, position_RQ, mask_R1QK, z_RND, cache)
 
 
@@ -91,7 +97,7 @@ class Step:
         if config.cluster.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         self.teacher = Clocked(teacher).eval().requires_grad_(False)
-        self.student = RowModel(student, align, config.student.model.freeze_tower or self.train.tuning != "full")
+        self.student = Clocked(student, align, config.student.model.freeze_tower or self.train.tuning != "full")
         for weight in self.student.parameters():  # adapters and map; not the buffers, whose rotary frequencies need float32
             weight.data = weight.data.to(self.dtype)
         self.trained = [weight for weight in self.student.parameters() if weight.requires_grad]
@@ -122,7 +128,8 @@ class Step:
         image = torch.arange(self.load.images).repeat_interleave(R // self.load.images)
         last, start = self.words(R, n), torch.full((R, n), self.patches + text)
         alive = torch.ones(R, n, dtype=torch.bool)
-        return Rows(image, ids, branch.repeat(R, 1), position.repeat(R, 1), last, start, alive, []).to(self.device)
+        code, number = torch.arange(1, n + 1).repeat(R, 1), torch.arange(R * n).reshape(R, n)
+        return Rows(image, ids, branch.repeat(R, 1), position.repeat(R, 1), last, start, alive, code, number, []).to(self.device)
 
     def answers(self, rows: Rows) -> Responses:
         tokens = self.words(*rows.last_Rn.shape, self.load.tokens)
@@ -156,10 +163,13 @@ class Step:
         self.student.eval()
         with moment("rollout"):
             for number, (rows, pixels) in enumerate(drawn):
-                self.teacher.decoding = None
+                for model in (self.teacher, self.student):
+                    model.reading = model.decoding = None
                 items.append(self.distiller.rollout(rows, pixels, torch.Generator(self.device).manual_seed(number)))
-                assert self.teacher.decoding is not None
-                seconds["decode"] += now(self.device) - self.teacher.decoding
+                end = now(self.device) if self.teacher.decoding else self.teacher.reading  # with alpha=0 it reads behind decoding
+                begin = self.teacher.decoding or self.student.decoding
+                assert begin is not None and end is not None
+                seconds["decode"] += end - begin
             with_teacher = self.loss.preset == "reference"
             for rows, pixels in corpus_rows:
                 corpus.append(self.distiller.labelled(rows, self.answers(rows), pixels, with_teacher))
@@ -223,7 +233,9 @@ def measure_step(config: Config) -> dict[str, Any]:
     print(f"[benchmark] {name}: models are made, {1 + REPEATS} steps follow", flush=True)
     runs = [step.run() for _ in range(1 + REPEATS)][1:]
     load, cost, card = step.load, work(one, stage), CARDS[plan.gpu]
-    cost["tower and prefill"] = cost["tower"]._replace(flops=cost["tower"].flops + cost["prefill"].flops)
+    cost["tower and prefill"] = cost["tower"]._replace(
+        flops=sum(cost[part].flops for part in ("tower", "prefill", "teacher's pass"))  # the last with alpha=0 alone
+    )
     seconds = {part: median(run["seconds"][part] for run in runs) for part in runs[0]["seconds"]}
     estimated = {part: cost[part].seconds(one) for part in ("tower and prefill", "decode", "update")}
     rate = 1e12 * (card.bf16 if one.cluster.precision == "bf16" else card.fp32)
@@ -264,6 +276,56 @@ def measure_step(config: Config) -> dict[str, Any]:
         "seconds": [run["seconds"] for run in runs],
         "figures": figures,
     }
+
+
+def heaviest(config: Config) -> dict[str, list[dict[str, Any]]]:
+    """The OPERATORS that take most of a rollout and of an update: "rollout", "update" -> [{name, share (0-1), calls}].
+
+    Shares are of the time by the clock; what is left, when the device waits for Python, comes last, under NO_OPERATOR.
+    Raises ValueError where there is no GPU for cluster.use_gpu=true.
+    """
+    device = device_of(config)
+    step = Step(alone(config))
+    step.run()
+    found = {}
+    rows, pixels = step.rows(), step.images()
+    item: Any = None
+
+    def rollout() -> None:
+        nonlocal item
+        item = step.distiller.rollout(rows, pixels, torch.Generator(device).manual_seed(0))
+
+    def update() -> None:
+        step.distiller.on_policy_pass(step.student, item, 1.0, 1.0)[0].backward()
+
+    gpu = device.type == "cuda"
+    for name, part in (("rollout", rollout), ("update", update)):
+        with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as prof:
+            start = now(device)
+            part()
+            wall = 1e6 * (now(device) - start)
+        events = [(e.key, e.self_device_time_total if gpu else e.self_cpu_time_total, e.count) for e in prof.key_averages()]
+        first = sorted(events, key=lambda event: -event[1])[:OPERATORS]
+        found[name] = [{"name": key, "share": time / wall, "calls": count} for key, time, count in first]
+        found[name].append({"name": NO_OPERATOR, "share": 1 - sum(time for _, time, _ in events) / wall, "calls": 0})
+    return found
+
+
+def heaviest_table(found: dict[str, list[dict[str, Any]]]) -> str:
+    """`heaviest` in words."""
+    columns = [(part, head) for part in found for head in ("operator", "share", "calls")]
+    rows = [
+        [
+            "",
+            *(
+                cell
+                for part in found.values()
+                for cell in (part[i]["name"][:40], f"{part[i]['share']:.1%}", str(part[i]["calls"]))
+            ),
+        ]
+        for i in range(min(len(part) for part in found.values()))
+    ]
+    return Table("The heaviest operators of a step", columns, rows, "", label="").text()
 
 
 def step_table(found: dict[str, Any]) -> str:

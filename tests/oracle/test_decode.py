@@ -51,12 +51,12 @@ def generated(student, processor, messages, records, pictures, forbidden, tmp_pa
 
 
 @pytest.mark.parametrize("n", [1, 5])
-@pytest.mark.parametrize("weights", [[1.0], [0.0, 1.0]])
-def test_greedy_equals_generate(n, weights, generated, pair, make_packer, questions, pixels, forbidden, end):
+@pytest.mark.parametrize(("weights", "fixed"), [([1.0], False), ([0.0, 1.0], False), ([1.0], True)])
+def test_greedy_equals_generate(n, weights, fixed, generated, pair, make_packer, questions, pixels, forbidden, end):
     model, expected = generated
     rows = make_packer(n).pack(questions)
     models = [RowModel(model)] if len(weights) == 1 else [pair[0], RowModel(model)]
-    out = write(models, weights, rows, pixels, forbidden, end, greedy=True)
+    out = write(models, weights, rows, pixels, forbidden, end, greedy=True, fixed=fixed)
     tokens, length = out.tokens_RnT[rows.alive_Rn], out.length_Rn[rows.alive_Rn]
     found = [row[:k].tolist() for row, k in zip(tokens, length, strict=True)]
     assert len(expected) == PROMPTS
@@ -75,7 +75,7 @@ def test_forbidden_tokens_are_never_sampled(pair, make_packer, questions, pixels
     token = responses.flat[0]
     assert len(token) > 1000
     assert not forbidden[token].any()
-    assert torch.isfinite(out.mixture_M).all() and (out.kept_MV[:, forbidden] == -math.inf).all()
+    assert torch.isfinite(out.mixture_M).all() and len(out.kept_MD) == len(token)
     with torch.no_grad():
         logits, _ = greedy_models[1](rows, responses, greedy_models[1].see(pixels))
     assert forbidden[logits.argmax(-1)].float().mean() > 0.7
@@ -146,6 +146,18 @@ def test_a_seed_repeats_the_rollout(pair, make_packer, questions, pixels, forbid
     assert torch.equal(a, b) and (a.shape != c.shape or not torch.equal(a, c))
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.2])
+def test_steps_of_fixed_shapes_write_the_same(alpha, pair, make_packer, questions, pixels, forbidden, end):
+    """With rows that end early and buffers that are outgrown on the way."""
+    rows = make_packer(3).pack(questions)
+    plain, fixed = (
+        write(pair, [alpha, 1 - alpha], rows, pixels, forbidden, end, limit=40, keep=0, fixed=choice) for choice in (False, True)
+    )
+    assert torch.equal(plain.tokens_RnT, fixed.tokens_RnT)
+    torch.testing.assert_close(fixed.kept_MD, plain.kept_MD, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fixed.mixture_M, plain.mixture_M, rtol=1e-4, atol=1e-4)
+
+
 def test_mix():
     p, q = (torch.log_softmax(torch.randn(5, 7).masked_fill(torch.arange(7) == 2, -torch.inf), -1) for _ in range(2))
     torch.testing.assert_close(mix([p, q], [0.3, 0.7]).exp(), 0.3 * p.exp() + 0.7 * q.exp())
@@ -158,14 +170,14 @@ def test_the_growing_cache_holds_what_transformers_own_holds():
     """Random steps, with rows dropped on the way and the buffer outgrown several times."""
     generator = torch.Generator().manual_seed(0)
     growing, plain, rows = GrowingLayer(), DynamicLayer(), 6
-    buffers = set()
+    buffers = {}
     for step in range(60):
         columns = 40 if step == 0 else int(torch.randint(1, 5, (1,), generator=generator))
         keys, values = torch.randn(2, rows, 2, columns, 4, generator=generator)
         for ours, theirs in zip(growing.update(keys, values), plain.update(keys, values), strict=True):
             assert torch.equal(ours, theirs)
         assert growing.get_seq_length() == plain.get_seq_length()
-        buffers.add(growing.buffer.data_ptr())
+        buffers[growing.buffer.data_ptr()] = growing.buffer  # held, so that no address comes twice
         if step in (20, 40):
             kept = torch.randperm(rows, generator=generator)[: rows - 2].sort().values
             rows -= 2

@@ -40,11 +40,11 @@ def expected_gradient(logits, log_p, loss: LossConfig):
     seen = 0.0
     for y in RESPONSES:
         rows, token = torch.tensor([PREFIXES.index(y[:t]) for t in range(len(y))]), torch.tensor(y)
-        log_q = logits.log_softmax(-1)[rows]
-        old = losses.pick(log_q, token).detach()
-        mixture = torch.log(loss.alpha * losses.pick(log_p[rows], token).exp() + (1 - loss.alpha) * old.exp())
-        batch = losses.Batch(token, torch.zeros_like(token), torch.arange(len(y)), log_p[rows], mixture, old)
-        single, long, _ = losses.reverse_kl(log_q, batch, loss)
+        terms = losses.compare(logits[rows], log_p[rows], token, 1.0, torch.zeros(V, dtype=torch.bool))
+        old = terms.log_q.detach()
+        mixture = torch.log(loss.alpha * terms.log_p.exp() + (1 - loss.alpha) * old.exp())
+        batch = losses.Batch(token, torch.zeros_like(token), torch.arange(len(y)), mixture, old)
+        single, long, _ = losses.reverse_kl(terms, batch, loss)
         probability = mixture.sum().exp()
         total += probability * torch.autograd.grad(single + long, logits)[0]
         seen += float(probability)

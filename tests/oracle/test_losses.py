@@ -48,6 +48,10 @@ def make_sequences(reused: bool = False, lengths=LENGTHS) -> list[Sequence]:
     return found
 
 
+def pick(log_MV, token_M):
+    return log_MV.gather(-1, token_M[:, None])[:, 0]
+
+
 def stack(sequences: list[Sequence], name: str):
     return torch.cat([getattr(s, name) for s in sequences]).float()
 
@@ -59,15 +63,16 @@ def make_batch(sequences: list[Sequence], alpha: float, temperature: float) -> l
     step = torch.tensor([t for s in sequences for t in range(len(s.tokens))])
     log_p = log_probabilities(stack(sequences, "teacher"), temperature, MASK)
     log_old = log_probabilities(stack(sequences, "writer"), temperature, MASK)
-    mixture = losses.pick(mix([log_p, log_old], [alpha, 1 - alpha]), token)
-    return losses.Batch(token, sequence, step, log_p, mixture, losses.pick(log_old, token))
+    mixture = pick(mix([log_p, log_old], [alpha, 1 - alpha]), token)
+    return losses.Batch(token, sequence, step, mixture, pick(log_old, token))
 
 
 def library_reverse_kl(sequences: list[Sequence], loss: LossConfig):
     """[(value, gradient)] of L_single and L_long."""
     logits = stack(sequences, "student").requires_grad_()
-    log_q = log_probabilities(logits, loss.temperature, MASK)
-    single, long, metrics = losses.reverse_kl(log_q, make_batch(sequences, loss.alpha, loss.temperature), loss)
+    batch = make_batch(sequences, loss.alpha, loss.temperature)
+    terms = losses.compare(logits, stack(sequences, "teacher"), batch.token, loss.temperature, MASK, soft=True)
+    single, long, metrics = losses.reverse_kl(terms, batch, loss)
     assert all(torch.isfinite(v) and not v.requires_grad for v in metrics.values())
     return [(term, torch.autograd.grad(term, logits, retain_graph=True)[0]) for term in (single, long)]
 
@@ -97,11 +102,63 @@ def test_reverse_kl(case):
         compare(value, grad, term, gradient(term, sequences), f"{case}, {name}")
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_the_gradient_in_closed_form(temperature):
+    """All three at once against autograd in float64, and in chunks, some of them empty."""
+    sequences = make_sequences()
+    student, teacher = (torch.cat([getattr(s, name) for s in sequences]) for name in ("student", "teacher"))
+    token = torch.tensor([y for s in sequences for y in s.tokens])
+    logits, weights = student.clone().requires_grad_(), torch.randn(3, len(token), dtype=torch.float64)
+    log_q, log_p = (torch.log_softmax(x[:, ALLOWED] / temperature, -1) for x in (logits, teacher))
+    at = torch.tensor([ALLOWED.index(int(y)) for y in token])
+    reverse, forward = (log_q.exp() * (log_q - log_p)).sum(-1), (log_p.exp() * (log_p - log_q)).sum(-1)
+    expected = torch.stack([pick(log_q, at), reverse, forward])
+    (grad,) = torch.autograd.grad((weights * expected).sum(), logits)
+    for chunks in (1, 4, len(token) + 3):
+        again = student.clone().requires_grad_()
+        terms = losses.in_chunks(
+            lambda q, p, y: losses.compare(q, p, y, temperature, MASK, soft=True), chunks, again, teacher, token
+        )
+        found = torch.stack([terms.log_q, terms.reverse_kl, terms.forward_kl])
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(torch.autograd.grad((weights * found).sum(), again)[0], grad, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(terms.log_p, pick(log_p, at).detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(terms.entropy, -(log_q.exp() * log_q).sum(-1).detach(), rtol=1e-12, atol=1e-12)
+        assert torch.equal(terms.agreement, (log_q.argmax(-1) == log_p.argmax(-1)).double())
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_gradients_that_are_made_at_once(chunks):
+    """Through a head, in float64: the same value and gradients as by autograd, of an objective that is linear in its terms."""
+    sequences = make_sequences()
+    teacher = torch.cat([s.teacher for s in sequences])
+    token = torch.tensor([y for s in sequences for y in s.tokens])
+    weights = torch.randn(3, len(token), dtype=torch.float64)
+    head = torch.nn.Linear(6, V, dtype=torch.float64)
+    hidden = torch.randn(len(token), 6, dtype=torch.float64, requires_grad=True)
+
+    def make(hidden, teacher, token):
+        return losses.compare(head(hidden), teacher, token, 1.3, MASK, soft=True)
+
+    def objective(terms):
+        return (weights * torch.stack([terms.log_q, terms.reverse_kl, terms.forward_kl])).sum()
+
+    inputs = [hidden, head.weight, head.bias]
+    expected = objective(make(hidden, teacher, token))
+    gradients = torch.autograd.grad(3 * expected, inputs)
+    guess = losses.Terms(*torch.zeros(6, len(token), dtype=torch.float64))
+    value, terms = losses.at_once(make, objective, guess, chunks, [head.weight, head.bias], hidden, teacher, token)
+    assert not any(term.requires_grad for term in terms)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    for found, wanted in zip(torch.autograd.grad(3 * value, inputs), gradients, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
 def test_reuse_clips_some_ratios_and_not_all():
     sequences = make_sequences(reused=True)
     loss = LossConfig(updates_per_rollout=2)
     batch = make_batch(sequences, loss.alpha, loss.temperature)
-    log_q = losses.pick(log_probabilities(stack(sequences, "student"), 1.0, MASK), batch.token)
+    log_q = pick(log_probabilities(stack(sequences, "student"), 1.0, MASK), batch.token)
     rho = (log_q - batch.log_mixture).exp()
     inside = (rho > 0.8) & (rho < 1.2)
     assert (rho > 1.2).any() and (rho < 0.8).any() and inside.any()
@@ -113,21 +170,22 @@ def test_reuse_clips_some_ratios_and_not_all():
 def test_written_responses(name):
     sequences = make_sequences()
     logits = stack(sequences, "student").requires_grad_()
-    log_q, log_p = log_probabilities(logits, 1.0, MASK), log_probabilities(stack(sequences, "teacher"), 1.0, MASK)
     token = torch.tensor([y for s in sequences for y in s.tokens])
+    hard, soft = (losses.compare(logits, stack(sequences, "teacher"), token, T, MASK, soft=True) for T in (1.0, 2.0))
+    alone = losses.compare(logits, None, token, 1.0, MASK)
     for s in sequences:
         s.student.requires_grad_()
     entropy, forward = reference.cross_entropy(sequences, ALLOWED), reference.forward_kl(sequences, ALLOWED)
     value, expected = {
-        "sft": lambda: (losses.cross_entropy(log_q, token), entropy),
-        "kd": lambda: (losses.distillation(log_q, log_p, token, 0.3, 1.0), 0.3 * forward + 0.7 * entropy),
+        "sft": lambda: (losses.cross_entropy(alone), entropy),
+        "kd": lambda: (losses.distillation(hard, 0.3, 1.0), 0.3 * forward + 0.7 * entropy),
         "kd at T=2": lambda: (
-            losses.distillation(log_q, log_p, token, 0.6, 2.0),
+            losses.distillation(hard._replace(forward_kl=soft.forward_kl), 0.6, 2.0),
             reference.distillation(sequences, ALLOWED, 0.6, 2.0),
         ),
-        "forward_kl": lambda: (losses.forward_kl(log_q, log_p), forward),
+        "forward_kl": lambda: (hard.forward_kl.sum(), forward),
         "pretrain, reference preset": lambda: (
-            0.5 * losses.cross_entropy(log_q, token) + 0.5 * losses.forward_kl(log_q, log_p),
+            0.5 * losses.cross_entropy(hard) + 0.5 * hard.forward_kl.sum(),
             0.5 * entropy + 0.5 * forward,
         ),
     }[name]()
@@ -176,7 +234,7 @@ def test_no_gradient_is_nan(scale):
             assert torch.isfinite(value) and torch.isfinite(grad).all()
             assert (grad[:, FORBIDDEN] == 0).all()
     logits = stack(sequences, "student").requires_grad_()
-    log_q, log_p = log_probabilities(logits, 1.0, MASK), log_probabilities(stack(sequences, "teacher"), 1.0, MASK)
     token = torch.tensor([y for s in sequences for y in s.tokens])
-    value = losses.distillation(log_q, log_p, token, 0.5, 2.0) + losses.forward_kl(log_q, log_p)
+    terms = losses.compare(logits, stack(sequences, "teacher"), token, 2.0, MASK, soft=True)
+    value = losses.distillation(terms, 0.5, 2.0) + terms.forward_kl.sum()
     assert torch.isfinite(torch.autograd.grad(value, logits)[0]).all()

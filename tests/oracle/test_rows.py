@@ -1,7 +1,6 @@
 """Image rows are exact: n questions on one image give what each gives alone, and what plain transformers gives."""
 
 import copy
-import math
 
 import pytest
 import torch
@@ -56,14 +55,14 @@ def plain_logits(model, processor, messages, answer, picture):
     return output.logits[0, inputs.input_ids.shape[1] - 1 : -1], response[0]
 
 
-def objective(logits, token, sequence, step, log_p, forbidden):
+def objective(logits, token, sequence, step, logits_p, forbidden):
     """The on-policy loss of given responses, and its log-probabilities."""
-    log_q = log_softmax(logits, forbidden)
-    old = losses.pick(log_q, token).detach()
-    mixture = torch.log(ALPHA * losses.pick(log_p, token).exp() + (1 - ALPHA) * old.exp())
-    batch = losses.Batch(token, sequence, step, log_p, mixture, old)
-    single, long, _ = losses.reverse_kl(log_q, batch, LossConfig(alpha=ALPHA))
-    return single + long, log_q.detach()
+    terms = losses.compare(logits, logits_p, token, 1.0, forbidden)
+    old = terms.log_q.detach()
+    mixture = torch.log(ALPHA * terms.log_p.exp() + (1 - ALPHA) * old.exp())
+    batch = losses.Batch(token, sequence, step, mixture, old)
+    single, long, _ = losses.reverse_kl(terms, batch, LossConfig(alpha=ALPHA))
+    return single + long, log_softmax(logits, forbidden).detach()
 
 
 def gradients(model):
@@ -77,9 +76,9 @@ def run_rows(student, teacher, packer, asked, pixels, forbidden):
     rows = packer.pack(asked)
     responses = packer.answers(rows)
     with torch.no_grad():
-        log_p = log_softmax(teacher(rows, responses, teacher.see(pixels))[0], forbidden)
+        logits_p, _ = teacher(rows, responses, teacher.see(pixels))
     logits, _ = student(rows, responses, student.see(pixels))
-    loss, log_q = objective(logits, *responses.flat, log_p, forbidden)
+    loss, log_q = objective(logits, *responses.flat, logits_p, forbidden)
     loss.backward()
     return loss.detach(), log_q, gradients(student)
 
@@ -99,8 +98,8 @@ def plain(exact_student, exact_teacher, processor, messages, records, pictures, 
                 sequence.append(torch.full_like(token, len(sequence)))
                 step.append(torch.arange(len(token)))
                 tokens.append(token)
-    log_p = log_softmax(torch.cat(found_p), forbidden)
-    loss, log_q = objective(torch.cat(found_q), *(torch.cat(x) for x in (tokens, sequence, step)), log_p, forbidden)
+    responses = (torch.cat(x) for x in (tokens, sequence, step))
+    loss, log_q = objective(torch.cat(found_q), *responses, torch.cat(found_p), forbidden)
     loss.backward()
     return loss.detach(), log_q, gradients(exact_student.model)
 
@@ -139,44 +138,46 @@ def test_padding_and_batch_change_nothing(exact_student, make_packer, asked, sho
     torch.testing.assert_close(run([2, 0, 3, 1]), torch.cat([alone[i] for i in (2, 0, 3, 1)]), rtol=1e-6, atol=1e-6)
 
 
-def mixed_decode(teacher, student, rows, pixels, forbidden, end, greedy):
+def mixed_decode(teacher, student, rows, pixels, forbidden, end, greedy, alpha=ALPHA):
     images = [m.project(m.see(pixels)) for m in (teacher, student)]
     generator = torch.Generator().manual_seed(0)
-    weights = [ALPHA, 1 - ALPHA]
+    weights = [alpha, 1 - alpha]
     return decode([teacher, student], weights, rows, images, LIMIT, forbidden, end, greedy=greedy, keep=0, generator=generator)
 
 
-def test_rows_write_the_same_tokens(exact_student, exact_teacher, make_packer, asked, shown, forbidden, end):
+@pytest.mark.parametrize("alpha", [ALPHA, 0.0])
+def test_rows_write_the_same_tokens(alpha, exact_student, exact_teacher, make_packer, asked, shown, forbidden, end):
     found = {}
     for n in (1, 3, 8):
         rows = make_packer(n).pack(asked)
         with torch.no_grad():
-            out = mixed_decode(exact_teacher, exact_student, rows, shown, forbidden, end, greedy=True)
+            out = mixed_decode(exact_teacher, exact_student, rows, shown, forbidden, end, greedy=True, alpha=alpha)
         found[n] = out, respond(rows, out.tokens_RnT, out.length_Rn).flat[0]
     for n in (3, 8):
         assert torch.equal(found[n][1], found[1][1])
         torch.testing.assert_close(found[n][0].mixture_M, found[1][0].mixture_M, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(found[n][0].kept_MV, found[1][0].kept_MV, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[n][0].kept_MD, found[1][0].kept_MD, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("alpha", [ALPHA, 0.0, 1.0])
 @pytest.mark.parametrize("n", [1, 8])
-def test_rollout_keeps_the_teacher(n, exact_student, exact_teacher, make_packer, asked, shown, forbidden, end):
+def test_rollout_keeps_the_teacher(n, alpha, exact_student, exact_teacher, make_packer, asked, shown, forbidden, end):
     """The kept distribution is a full forward of the teacher on the responses, so it need never run again."""
     rows = make_packer(n).pack(asked)
     with torch.no_grad():
-        out = mixed_decode(exact_teacher, exact_student, rows, shown, forbidden, end, greedy=False)
+        out = mixed_decode(exact_teacher, exact_student, rows, shown, forbidden, end, greedy=False, alpha=alpha)
         responses = respond(rows, out.tokens_RnT, out.length_Rn)
         log_p, log_q = (
             log_softmax(m(rows, responses, m.see(shown))[0], forbidden)[:, ~forbidden] for m in (exact_teacher, exact_student)
         )
     token = responses.flat[0]
     assert len(token) == len(out.mixture_M) == int(out.length_Rn.sum())
-    torch.testing.assert_close(out.kept_MV[:, ~forbidden].double(), log_p, rtol=1e-5, atol=1e-5)
-    assert (out.kept_MV[:, forbidden] == -math.inf).all()
-    mixture = torch.log(ALPHA * log_p.exp() + (1 - ALPHA) * log_q.exp())
+    kept = log_softmax(exact_teacher.head(out.kept_MD), forbidden)[:, ~forbidden]
+    torch.testing.assert_close(kept, log_p, rtol=1e-5, atol=1e-5)
+    mixture = torch.log(alpha * log_p.exp() + (1 - alpha) * log_q.exp())
     at = torch.full((len(forbidden),), -1)
     at[~forbidden] = torch.arange(int((~forbidden).sum()))
-    torch.testing.assert_close(out.mixture_M.double(), losses.pick(mixture, at[token]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.mixture_M.double(), mixture.gather(-1, at[token][:, None])[:, 0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("change", ["other image", "noise"])
@@ -186,7 +187,8 @@ def test_the_teacher_sees_the_image(change, teacher, student, make_packer, asked
     rows = packer.pack(asked)
     responses = packer.answers(rows)
     other = shown.roll(1, 0) if change == "other image" else shown + 0.3 * torch.randn(shown.shape)
-    log_p, log_p_other = (distiller.labelled(rows, responses, x, with_teacher=True).log_p for x in (shown, other))
+    kept = [distiller.labelled(rows, responses, x, with_teacher=True).kept for x in (shown, other)]
+    log_p, log_p_other = (log_softmax(distiller.teacher.head(hidden), forbidden).detach() for hidden in kept)
     change_M = (log_p.exp() - log_p_other.exp()).abs().sum(-1) / 2
     assert change_M.min() > 1e-4 and change_M.mean() > 0.01
 

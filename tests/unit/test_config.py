@@ -73,6 +73,7 @@ def test_unknown_key_or_wrong_type(override, names):
         (["data.val_fraction=0.6", "data.test_fraction=0.5"], ["data.val_fraction", "data.test_fraction"]),
         (["data.images_per_shard=100"], ["data.images_per_shard", "data.images_per_group"]),
         (["data.max_rejected=2"], ["data.max_rejected"]),
+        (["distill.train.tokens_per_row=60"], ["distill.train.tokens_per_row=60", "distill.train.max_response=64"]),
         (["student.model.hidden=90"], ["student.model.hidden", "student.model.heads"]),
         (["teacher.model.hidden=36", "teacher.model.heads=4"], ["teacher.model.hidden", "teacher.model.heads"]),
         (["student.model.vision.patch=7"], ["student.model.vision.image_size", "student.model.vision.patch"]),

@@ -47,7 +47,9 @@ def image_rows(images: int, questions: int, patches: int) -> Rows:
     position = torch.cat([torch.arange(patches), torch.arange(patches, patches + words).repeat(questions)])
     last, start = torch.randint(4, VOCABULARY, (images, questions)), torch.full((images, questions), patches + words)
     alive = torch.ones(images, questions, dtype=torch.bool)
-    return Rows(torch.arange(images), ids, branch.repeat(images, 1), position.repeat(images, 1), last, start, alive, [])
+    code, number = torch.arange(1, questions + 1).repeat(images, 1), torch.arange(images * questions).reshape(images, questions)
+    branch, position = branch.repeat(images, 1), position.repeat(images, 1)
+    return Rows(torch.arange(images), ids, branch, position, last, start, alive, code, number, [])
 
 
 def answers(rows: Rows) -> Responses:

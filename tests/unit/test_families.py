@@ -80,12 +80,13 @@ def test_a_family_distils_for_a_few_steps(folders, records):
 
 
 def test_a_row_of_questions_is_what_the_family_says_of_each(folders, records):
-    """Log-probabilities of answers, three questions a row, against the model's own forward pass on one question at a time."""
+    """Log-probabilities of answers, two images in a row, against the model's own forward pass on one question at a time."""
     student, packer, _ = read(folders["student"])
     batch = to_micro_batch(records[3:5], packer, SIDE)
-    asked = [[q for q in questions if q.response][:3] for questions in batch.questions]
+    asked = [[q for q in questions if q.response][:most] for most, questions in zip((3, 1), batch.questions, strict=True)]
     pixels = torch.from_numpy(batch.pixels)
     rows = packer.pack(asked)
+    assert rows.image_I.tolist() == [0, 1] and [len(row) for row in rows.questions] == [4]
     responses = packer.answers(rows)
     with torch.no_grad():
         logits, z = student(rows, responses, None, student.prepare(pixels))

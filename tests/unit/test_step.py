@@ -77,7 +77,7 @@ def test_each_image_and_response_is_seen_once(shared, pair, make_distiller, make
     heads = [Calls(m.model.lm_head) for m in pair]
 
     rows = make_packer(4).pack(questions[:3])  # several rows an image
-    assert len(rows.image_R) > 3
+    assert len(rows.image_I) > 3
     item = distiller.rollout(rows, pixels[:3], torch.Generator().manual_seed(0))
     M = len(item.batch.token)
     steps = int(item.responses.step_RC.max()) + 1
@@ -88,8 +88,52 @@ def test_each_image_and_response_is_seen_once(shared, pair, make_distiller, make
     distiller.on_policy_pass(student, item, M, 48)[0].backward()
     assert [c.take()[0] for c in towers] == [0, 0]
     assert [c.take()[0] for c in language] == [0, 1]
-    assert [c.take() for c in heads] == [(0, 0), (1, M)]
+    assert [c.take() for c in heads] == [(1, M), (1, M)]
     assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_teacher_without_a_share_reads_all_responses_at_once(pair, make_distiller, make_packer, questions, pixels):
+    distiller = make_distiller(LossConfig(alpha=0.0))
+    language, heads = (
+        [Calls(part) for part in parts]
+        for parts in zip(*((m.model.model.language_model, m.model.lm_head) for m in pair), strict=True)
+    )
+    item = distiller.rollout(make_packer(4).pack(questions[:1]), pixels[:1], torch.Generator().manual_seed(0))
+    steps = int(item.responses.step_RC.max()) + 1
+    passes = [c.take()[0] for c in language]
+    assert passes[0] <= 2 < passes[1] == 1 + steps  # two rows: once more where the first of them ends
+    assert [c.take()[1] for c in heads] == [0, len(item.batch.token)]
+
+
+@pytest.mark.parametrize("method", ["distill", "kd", "sft"])
+def test_chunks_of_the_loss_change_nothing(method, pair, make_packer, questions, pixels, forbidden, end):
+    """Also with more of them than tokens."""
+    student, packer = pair[1], make_packer(5)
+    rows = packer.pack(questions[:2])
+    loss = LossConfig(kd_temperature=2.0)
+    whole, small = (
+        Distiller(student, pair[0], loss, forbidden, end, LIMIT, True, chunk) for chunk in (2**23, 7 * len(forbidden))
+    )
+    if method == "distill":
+        item = whole.rollout(rows, pixels[:2], torch.Generator().manual_seed(0))
+        assert whole.chunks(len(item.batch.token)) == 1 and small.chunks(len(item.batch.token)) > 5
+
+        def run(distiller: Distiller, chunks: int):
+            return distiller.on_policy_pass(student, item, 1.0, 1.0, chunks)[0]
+    else:
+        written = whole.labelled(rows, packer.answers(rows), pixels[:2], with_teacher=method == "kd")
+
+        def run(distiller: Distiller, chunks: int):
+            return distiller.labelled_pass(student, written, 1.0, method, chunks)[0]
+
+    found = []
+    for distiller, chunks in ((whole, 1), (small, 1), (small, 1000)):
+        value = run(distiller, chunks)
+        value.backward()
+        found.append((value.detach(), joined({k: g for k, g in trained(student).items() if g is not None})))
+    for value, grad in found[1:]:
+        torch.testing.assert_close(value, found[0][0], rtol=1e-6, atol=1e-6)
+        assert relative_error(grad, found[0][1]) <= 1e-6
 
 
 def test_a_trained_tower_gets_gradients(teacher, student, forbidden, end, make_packer, questions, pixels):
@@ -116,12 +160,17 @@ def test_on_policy_pass(loss, pair, make_distiller, make_packer, questions, pixe
     distiller = make_distiller(loss)
     item = distiller.rollout(make_packer(8).pack(questions[:2]), pixels[:2], torch.Generator().manual_seed(0))
     M = len(item.batch.token)
+    other = replace(item, batch=replace(item.batch), guess=None)  # as where decoding has not told the terms
+    assert item.guess is not None or loss.alpha in (0.0, 1.0)  # a model that did not write knows nothing
+    distiller.on_policy_pass(pair[1], other, M, 32)[0].backward()
+    twice = joined(trained(pair[1]))
     total, metrics = distiller.on_policy_pass(pair[1], item, M, 32)
     expected = (metrics["single"] + metrics["long"]) / M + loss.align * metrics["align"] / 32
     torch.testing.assert_close(total, expected)
     total.backward()
     gradients = trained(pair[1])
     assert all(g is not None and torch.isfinite(g).all() for g in gradients.values())
+    assert relative_error(joined(gradients), twice) <= 1e-5
     assert gradients["align.weight"].abs().max() > 0 and gradients["model.lm_head.weight"].abs().max() > 0
     assert not any("vision_tower" in name for name in gradients)
     assert metrics["reverse_kl"] / M > 0.1 and 0 < item.length <= LIMIT and 0 <= item.finished <= 1
@@ -136,9 +185,10 @@ def test_rollout_records_the_mixture(alpha, temperature, pair, make_distiller, m
         p, q = (
             torch.softmax(m(item.rows, item.responses, item.features)[0][:, ~distiller.forbidden] / temperature, -1) for m in pair
         )
-    torch.testing.assert_close(item.batch.log_p[:, ~distiller.forbidden], p.log(), rtol=1e-4, atol=1e-4)
+    kept = pair[0].head(item.kept).detach()[:, ~distiller.forbidden] / temperature
+    torch.testing.assert_close(torch.log_softmax(kept, -1), p.log(), rtol=1e-4, atol=1e-4)
     at = (~distiller.forbidden).cumsum(0)[item.batch.token] - 1
-    mixture = losses.pick(torch.log(alpha * p + (1 - alpha) * q), at)
+    mixture = torch.log(alpha * p + (1 - alpha) * q).gather(-1, at[:, None])[:, 0]
     torch.testing.assert_close(item.batch.log_mixture, mixture, rtol=1e-4, atol=1e-4)
 
 
@@ -167,11 +217,12 @@ def test_labelled_pass(method, pair, make_distiller, make_packer, questions, pix
     item = distiller.labelled(rows, packer.answers(rows), pixels[:2], with_teacher)
     total, metrics = distiller.labelled_pass(pair[1], item, item.tokens, method.split()[0])
     entropy = metrics["cross_entropy"] / item.tokens
-    assert (item.log_p is not None) == with_teacher
+    assert (item.kept is not None) == with_teacher
     if with_teacher:
         logits = pair[1](rows, item.responses, item.features)[0]
-        log_q = torch.log_softmax(logits.masked_fill(distiller.forbidden, -torch.inf), -1)
-        entropy = 0.5 * entropy + 0.5 * losses.forward_kl(log_q, item.log_p) / item.tokens  # kd_alpha = 0.5 at T = 1 too
+        log_q, log_p = (torch.log_softmax(x[:, ~distiller.forbidden], -1) for x in (logits, pair[0].head(item.kept)))
+        forward = (log_p.exp() * (log_p - log_q)).sum()
+        entropy = 0.5 * entropy + 0.5 * forward / item.tokens  # kd_alpha = 0.5 at T = 1 too
     torch.testing.assert_close(total, entropy)
     total.backward()
     gradients = trained(pair[1])
@@ -205,10 +256,10 @@ def merge(packer, questions, parts: list[Experience]) -> Experience:
     responses = packer.answers(rows)
     token, sequence, step = responses.flat
     assert torch.equal(token, torch.cat([p.batch.token for p in parts]))
-    log_p, mixture = (torch.cat([getattr(p.batch, name) for p in parts]) for name in ("log_p", "log_mixture"))
-    features, pixels, z = (torch.cat([getattr(p, name) for p in parts]) for name in ("features", "pixels", "z_teacher"))
-    batch = losses.Batch(token, sequence, step, log_p, mixture)
-    return Experience(rows, responses, features, pixels, z, batch, 0.0, 0.0)
+    names = ("features", "pixels", "z_teacher", "kept")
+    features, pixels, z, kept = (torch.cat([getattr(p, name) for p in parts]) for name in names)
+    batch = losses.Batch(token, sequence, step, torch.cat([p.batch.log_mixture for p in parts]))
+    return Experience(rows, responses, features, pixels, z, kept, batch, None, 0.0, 0.0)
 
 
 def test_accumulation_of_rollouts(pair, make_distiller, make_packer, questions, pixels):

@@ -1,24 +1,28 @@
-"""Image rows: one image and up to n of its questions in one sequence. Pure torch, no ray.
+"""Image rows: an image and up to n of its questions are a piece, and a row holds one piece or more. Pure torch, no ray.
 
-    [image prefix][prompt 1]...[prompt n] | [response tokens of all branches]
-                 prompt region P          |        response region C
+    [image][prompt 1]...[prompt n][image][prompt 1]... | [response tokens of all branches]
+    piece 0                       piece 1              |
+                 prompt region P                       |        response region C
 
-Every token has a branch (0 the shared prefix, 1..n a question, -1 padding) and a position in its own branch. It attends to
-the prefix and to its own branch, up to its own position: that rule alone makes the mask, whatever the order of the
-columns. The last token of each prompt opens the response region, because its output predicts the first response token.
+Every token has a branch: piece k of a row has the code k * STRIDE for its image prefix and k * STRIDE + 1, + 2, ... for its
+questions; -1 is padding. And it has a position in its own branch, which goes on from the prefix of its piece. It attends to that
+prefix and to its own branch, up to its own position: that rule alone makes the mask, whatever the order of the columns. The last
+token of each prompt opens the response region, because its output predicts the first response token.
 
-Shapes: R rows, n branches a row, P prompt columns, C response columns, T longest response, M response tokens in all.
+Shapes: R rows, I pieces, n branches a row, P prompt columns, C response columns, T longest response, M response tokens in all.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from geodistill.data import packing
 from geodistill.data.record import BadRecord, Conversation
 
 PADDING = -1
+STRIDE = 1024  # codes of a piece, which has fewer questions than that
 
 
 @dataclass
@@ -35,15 +39,17 @@ class Question:
 
 @dataclass
 class Rows:
-    """A batch of image rows up to the responses. `questions[r][b]` is branch b + 1 of row r."""
+    """A batch of image rows up to the responses. `questions[r][b]` is branch b of row r, over all its pieces."""
 
-    image_R: Tensor  # which image of the batch each row shows
-    ids_RP: Tensor  # prefix and prompts without their last token
+    image_I: Tensor  # which image of the batch each piece shows: row by row, in the order of the image tokens of ids_RP
+    ids_RP: Tensor  # prefixes and prompts without their last token
     branch_RP: Tensor
     position_RP: Tensor
     last_Rn: Tensor  # last token of each prompt
     start_Rn: Tensor  # its position
     alive_Rn: Tensor  # False: this row has fewer questions
+    branch_Rn: Tensor  # the code of each branch; PADDING where it is not alive
+    question_Rn: Tensor  # its number among all questions of the batch, image by image; PADDING where it is not alive
     questions: list[list[Question]]
 
     def to(self, device: torch.device | str) -> "Rows":
@@ -66,7 +72,7 @@ class Responses:
     def flat(self) -> tuple[Tensor, Tensor, Tensor]:
         """(target, sequence, step), each [M], of the valid tokens, row by row and branch by branch.
 
-        A sequence number is row * n' + branch, unique over the batch but not dense.
+        A sequence number is made of row and branch: unique over the batch, but not dense.
         """
         width = int(self.branch_RC.max()) + 1 if self.branch_RC.numel() else 1
         rows = torch.arange(len(self.ids_RC), device=self.ids_RC.device)[:, None]
@@ -75,9 +81,18 @@ class Responses:
 
 
 def attends(branch_q: Tensor, position_q: Tensor, branch_k: Tensor, position_k: Tensor) -> Tensor:
-    """The row mask, bool [R, 1, Q, K]: may query token i see key token j? Padding sees the prefix, nothing sees padding."""
-    same = (branch_k[:, None, :] == 0) | (branch_k[:, None, :] == branch_q.clamp(min=0)[:, :, None])
+    """The row mask, bool [R, 1, Q, K]: may query token i see key token j? Padding sees the first prefix, nothing sees padding."""
+    own = branch_q.clamp(min=0)[:, :, None]
+    same = (branch_k[:, None, :] == own // STRIDE * STRIDE) | (branch_k[:, None, :] == own)
     return (same & (position_k[:, None, :] <= position_q[:, :, None]))[:, None]
+
+
+class Piece(NamedTuple):
+    """Some questions of one image. first: the number of the first among all questions of the batch."""
+
+    image: int
+    first: int
+    questions: list[Question]
 
 
 class Packer:
@@ -85,6 +100,9 @@ class Packer:
 
     tokenizer: a transformers fast tokenizer with a chat template; image_tokens: how many tokens an image takes; around: special
     tokens before and behind them, beside the template's. prompt: the tokens behind the image of a question, as an example.
+    questions_per_row: of an image, in one piece at most. tokens_per_row: at most in a row, answers included (those that are not
+    known count as max_response); 0: any number; a question that alone passes it has a row of its own. share_rows: may pieces
+    share a row? To be forbidden where a model does not read the mask.
     """
 
     def __init__(
@@ -95,6 +113,8 @@ class Packer:
         max_response: int,
         questions_per_row: int,
         around: tuple[str, str] = ("", ""),
+        tokens_per_row: int = 0,
+        share_rows: bool = True,
     ):
         self.tokenizer = tokenizer
         self.image_token = image_token
@@ -102,6 +122,8 @@ class Packer:
         self.image_tokens = image_tokens
         self.max_response = max_response
         self.questions_per_row = questions_per_row
+        self.tokens_per_row = tokens_per_row
+        self.share_rows = share_rows
         ((before, self.prompt),) = self._split([self._prompt([], "?")])
         if before[:2] == [tokenizer.bos_token_id] * 2:  # the template writes it, and the tokenizer another
             before = before[1:]
@@ -166,34 +188,70 @@ class Packer:
             found.append(Question(prompt, response, conversation.task, conversation.category, question, references))
         return found
 
+    def _pieces(self, images: list[list[Question]], evenly: bool) -> tuple[list[Piece], list[packing.Size]]:
+        """The pieces of every image, and their sizes."""
+        pieces, sizes = [], []
+        prefix, first = len(self.prefix), 0
+        for image, asked in enumerate(images):
+            most = [len(q.prompt) - 1 + (self.max_response if q.response is None else len(q.response)) for q in asked]
+            at = 0
+            for count in packing.cut(prefix, most, min(self.questions_per_row, STRIDE - 1), self.tokens_per_row, evenly):
+                part = asked[at : at + count]
+                prompts, answers = sum(len(q.prompt) - 1 for q in part), sum(len(q.response or []) for q in part)
+                pieces.append(Piece(image, first + at, part))
+                sizes.append(packing.Size(prefix + prompts, answers, prefix + sum(most[at : at + count])))
+                at += count
+            first += len(asked)
+        return pieces, sizes
+
+    def _rows(self, images: list[list[Question]]) -> list[list[Piece]]:
+        """The pieces of every row: of even length if that leaves little padding, else as full as can be if that leaves less."""
+        found = []
+        for evenly in (True, False) if self.share_rows else (True,):
+            pieces, sizes = self._pieces(images, evenly)
+            share, rows = packing.group(sizes, self.tokens_per_row, self.share_rows)
+            found.append((share, [[pieces[i] for i in row] for row in rows]))
+            if share <= packing.PADDING_SHARE:
+                break
+        return min(found, key=lambda one: one[0])[1]
+
     def pack(self, images: list[list[Question]]) -> Rows:
-        """Questions of each image -> rows. An image with more than `questions_per_row` makes several, evenly filled."""
-        questions, image = [], []
-        for i, asked in enumerate(images):
-            pieces = -(-len(asked) // self.questions_per_row)
-            for k in range(pieces):
-                questions.append(asked[k * len(asked) // pieces : (k + 1) * len(asked) // pieces])
-                image.append(i)
-        width = max(len(row) for row in questions)
-        columns = max(len(self.prefix) + sum(len(q.prompt) - 1 for q in row) for row in questions)
-        shape = (len(questions), columns)
+        """Questions of each image -> rows.
+
+        An image's questions are cut, in order, into as few pieces as `questions_per_row` and `tokens_per_row` allow; pieces share
+        rows where that brings padding down to packing.PADDING_SHARE. The same questions always make the same rows.
+        """
+        packed = self._rows(images)
+        questions = [[q for piece in row for q in piece.questions] for row in packed]
+        prefix, width = len(self.prefix), max(len(asked) for asked in questions)
+        columns = max(prefix * len(row) + sum(len(q.prompt) - 1 for piece in row for q in piece.questions) for row in packed)
+        shape = (len(packed), columns)
         ids = torch.full(shape, self.tokenizer.pad_token_id)
         branch, position = torch.full(shape, PADDING), torch.zeros(shape, dtype=torch.long)
-        last = torch.full((len(questions), width), self.tokenizer.pad_token_id)
-        start, alive = torch.zeros_like(last), torch.zeros_like(last, dtype=torch.bool)
-        prefix = len(self.prefix)
-        for r, row in enumerate(questions):
-            flat, branches, positions = list(self.prefix), [0] * prefix, list(range(prefix))
-            for b, question in enumerate(row):
-                length = len(question.prompt) - 1
-                flat += question.prompt[:-1]
-                branches += [b + 1] * length
-                positions += range(prefix, prefix + length)
-                last[r, b], start[r, b], alive[r, b] = question.prompt[-1], prefix + length, True
+        last = torch.full((len(packed), width), self.tokenizer.pad_token_id)
+        start, code, number = torch.zeros_like(last), torch.full_like(last, PADDING), torch.full_like(last, PADDING)
+        for r, row in enumerate(packed):
+            flat: list[int] = []
+            branches: list[int] = []
+            positions: list[int] = []
+            ends = []
+            for k, piece in enumerate(row):
+                flat += self.prefix
+                branches += [k * STRIDE] * prefix
+                positions += range(prefix)
+                for i, question in enumerate(piece.questions):
+                    length = len(question.prompt) - 1
+                    flat += question.prompt[:-1]
+                    branches += [k * STRIDE + 1 + i] * length
+                    positions += range(prefix, prefix + length)
+                    ends.append((question.prompt[-1], prefix + length, k * STRIDE + 1 + i, piece.first + i))
+            for part, values in zip((last, start, code, number), torch.tensor(ends).T, strict=True):
+                part[r, : len(ends)] = values
             ids[r, : len(flat)] = torch.tensor(flat)
             branch[r, : len(flat)] = torch.tensor(branches)
             position[r, : len(flat)] = torch.tensor(positions)
-        return Rows(torch.tensor(image), ids, branch, position, last, start, alive, questions)
+        image = torch.tensor([piece.image for row in packed for piece in row])
+        return Rows(image, ids, branch, position, last, start, code != PADDING, code, number, questions)
 
     def answers(self, rows: Rows) -> Responses:
         """The response region of the answers in the data (questions without one take no part)."""
@@ -208,6 +266,12 @@ class Packer:
         return respond(rows, tokens.to(rows.last_Rn.device), lengths)
 
 
+def padding(rows: Rows, responses: Responses | None = None) -> float:
+    """Share of the columns that hold padding, in the prompts or in prompts and responses."""
+    parts = [rows.branch_RP] if responses is None else [rows.branch_RP, responses.branch_RC]
+    return float(torch.cat([(part == PADDING).float() for part in parts], 1).mean())
+
+
 def respond(rows: Rows, tokens_RnT: Tensor, length_Rn: Tensor) -> Responses:
     """Place responses behind their rows, without gaps: [R, n, T] padded tokens -> a response region [R, C]."""
     R, n, T = tokens_RnT.shape
@@ -219,7 +283,7 @@ def respond(rows: Rows, tokens_RnT: Tensor, length_Rn: Tensor) -> Responses:
     fed = torch.cat([rows.last_Rn[..., None], tokens_RnT[..., :-1]], dim=2).reshape(R, n * T)
     return Responses(
         ids_RC=fed.gather(1, order),
-        branch_RC=torch.where(valid_RC, b + 1, PADDING),
+        branch_RC=torch.where(valid_RC, rows.branch_Rn.gather(1, b), PADDING),
         position_RC=torch.where(valid_RC, rows.start_Rn.gather(1, b) + t, 0),
         target_RC=tokens_RnT.reshape(R, n * T).gather(1, order),
         valid_RC=valid_RC,

@@ -21,6 +21,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from geodistill.config import Config, TrainConfig
+from geodistill.data.features import Stored, load_features, read_features
 from geodistill.data.record import CLIP_MEAN, BadRecord, ImageRecord, open_image
 from geodistill.data.rows import Packer, Question
 from geodistill.data.shards import Group, groups, load_manifest, read_group
@@ -29,12 +30,16 @@ from geodistill.language import speaks_of_place
 
 @dataclass
 class MicroBatch:
-    """pixels uint8 [B, S, S, 3]; the questions of each image; what was set aside, with its reason."""
+    """pixels uint8 [B, S, S, 3]; the questions of each image; what was set aside, with its reason.
+
+    features: stored ones [B, N, H] in place of pixels (of which there are none then), as features.py has them.
+    """
 
     ids: list[str]
     pixels: np.ndarray
     questions: list[list[Question]]
     rejected: list[str] = field(default_factory=list)
+    features: np.ndarray | None = None
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:
@@ -54,28 +59,39 @@ def square(image: Image.Image, size: int) -> np.ndarray:
     return interpolate(pixels, (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
 
 
-def to_micro_batch(records: list[ImageRecord], packer: Packer, size: int) -> MicroBatch:
-    """Decode the images and tokenise the questions; a conversation that cannot be used is set aside, with its reason."""
-    batch = MicroBatch([], np.empty((len(records), size, size, 3), np.uint8), [])
-    for record in records:
+def to_micro_batch(records: list[ImageRecord], packer: Packer, size: int, stored: Stored | None = None) -> MicroBatch:
+    """Decode the images and tokenise the questions; a conversation that cannot be used is set aside, with its reason.
+
+    stored: the features of these records, which take the place of their images.
+    """
+    batch = MicroBatch([], np.empty((0, size, size, 3), np.uint8), [])
+    images = stored.features_BNH if stored else np.empty((len(records), size, size, 3), np.uint8)
+    kept: list[int] = []
+    for i, record in enumerate(records):
         rejected: list[BadRecord] = []
         questions = packer.questions(record.id, record.conversations, rejected=rejected)
         try:
-            image = square(open_image(record.image, record.id), size)
+            if stored:
+                stored.need(i, record.id)
+            else:
+                images[i] = square(open_image(record.image, record.id), size)
         except BadRecord as error:
             questions, rejected = [], [error]
         batch.rejected += [str(error) for error in rejected]
         if questions:
-            batch.pixels[len(batch.ids)] = image
+            kept.append(i)
             batch.ids.append(record.id)
             batch.questions.append(questions)
-    batch.pixels = batch.pixels[: len(batch.ids)]
-    return batch
+    images = images if len(kept) == len(images) else images[kept]
+    return replace(batch, features=images) if stored else replace(batch, pixels=images)
 
 
 @dataclass(frozen=True)
 class PackerSpec:
-    """What a data task needs to build its Packer: the folder of the processor's tokenizer, and the sizes."""
+    """What a data task needs to build its Packer: the folder of the processor's tokenizer, and the sizes.
+
+    features: the folder of stored features that are read in place of images, or "".
+    """
 
     tokenizer: str
     image_token: str
@@ -84,6 +100,9 @@ class PackerSpec:
     max_response: int
     questions_per_row: int
     around: tuple[str, str] = ("", "")
+    tokens_per_row: int = 0
+    share_rows: bool = True
+    features: str = ""
 
 
 @functools.lru_cache(maxsize=4)
@@ -92,11 +111,15 @@ def new_packer(spec: PackerSpec) -> Packer:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer)
-    return Packer(tokenizer, spec.image_token, spec.image_tokens, spec.max_response, spec.questions_per_row, spec.around)
+    sizes = spec.image_tokens, spec.max_response, spec.questions_per_row
+    return Packer(tokenizer, spec.image_token, *sizes, spec.around, spec.tokens_per_row, spec.share_rows)
 
 
 def load_group(folder: str, group: Group, spec: PackerSpec) -> MicroBatch:
     """A row group, decoded and tokenised."""
+    if spec.features:
+        records, stored = read_group(folder, group, ["id", "conversations"]), read_features(spec.features, group)
+        return to_micro_batch(records, new_packer(spec), spec.image_size, stored)
     return to_micro_batch(read_group(folder, group), new_packer(spec), spec.image_size)
 
 
@@ -106,38 +129,39 @@ def remember_group(folder: str, group: Group, spec: PackerSpec) -> MicroBatch:
     return load_group(folder, group, spec)
 
 
-SMALL = 2**25  # bytes of decoded images: a split below that is kept in each data process, because every epoch asks for it again
+SMALL = 2**25  # bytes of images or features: a split below that stays in each data process, because every epoch asks for it again
 
 
 def join(batches: list[MicroBatch]) -> MicroBatch:
     """Several micro-batches as one."""
     if len(batches) == 1:
         return batches[0]
+    stored = batches[0].features is not None
     return MicroBatch(
         ids=[i for b in batches for i in b.ids],
         pixels=np.concatenate([b.pixels for b in batches]),
         questions=[q for b in batches for q in b.questions],
         rejected=[r for b in batches for r in b.rejected],
+        features=np.concatenate([b.features for b in batches if b.features is not None]) if stored else None,
     )
 
 
 def to_table(batch: MicroBatch) -> pa.Table:
-    """One row for Ray Data, with the pixels as they lie in memory: each copy would cost a twentieth of decoding them."""
+    """One row for Ray Data, with the arrays as they lie in memory: each copy would cost a twentieth of decoding them."""
     buffers: list[pickle.PickleBuffer] = []
     rest = pickle.dumps(batch, protocol=5, buffer_callback=buffers.append)
-    (pixels,) = buffers
     columns = {}
-    for name, data in (("rest", rest), ("pixels", pixels)):
+    for number, data in enumerate([rest, *buffers]):
         buffer = pa.py_buffer(data)
         ends = pa.py_buffer(np.array([0, buffer.size]))
-        columns[name] = pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, buffer])
+        columns[str(number)] = pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, buffer])
     return pa.table(columns)
 
 
 def from_table(row: pa.Table) -> MicroBatch:
-    """The inverse of `to_table`, with pixels of its own that can be written to."""
-    rest, pixels = (row[name][0].as_buffer() for name in ("rest", "pixels"))
-    return pickle.loads(rest, buffers=[bytearray(pixels)])
+    """The inverse of `to_table`, with arrays of its own that can be written to."""
+    rest, *arrays = (row[str(number)][0].as_buffer() for number in range(row.num_columns))
+    return pickle.loads(rest, buffers=[bytearray(array) for array in arrays])
 
 
 def augment(batch: MicroBatch, rng: np.random.Generator) -> MicroBatch:
@@ -195,7 +219,8 @@ def stream(
     manifest = load_manifest(folder, splits)
     order = Order([g for split in splits for g in groups(manifest, split)], seed)
     planned = plan(train, manifest["settings"]["images_per_group"], rank, world, start)
-    small = 3 * spec.image_size**2 * sum(group.images for group in order.found) <= SMALL
+    image_bytes = load_features(spec.features)["image_bytes"] if spec.features else 3 * spec.image_size**2
+    small = image_bytes * sum(group.images for group in order.found) <= SMALL
 
     def load(row: pa.Table) -> pa.Table:
         asked = row["groups"][0].as_py()

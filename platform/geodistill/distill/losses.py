@@ -2,46 +2,206 @@
 
 Sums, not means: the caller divides by the number of tokens over all workers and accumulation steps.
 p is the frozen teacher, q the student, p~ the sampling mixture; all are log-probabilities in float32.
+Two distributions of M x V numbers become a few numbers a token in `compare`, a chunk of tokens at a time (`in_chunks`): what
+follows works on [M] alone.
 Shapes: M response tokens in all, sorted by sequence and step; V vocabulary; B images; N image tokens; D features.
-Forbidden tokens have log-probability -inf in p and q alike.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from geodistill.config import LossConfig
+
+CHUNK = 2**23  # logits of a chunk: 32 MiB in float32
+BLOCK = 2**18  # of which a CPU has in hand at a time: 1 MiB
+NEVER = -1e30  # the logit of a token that a response may not hold: its probability is 0, its log-probability finite
+
+
+class Terms(NamedTuple):
+    """What the losses need of each of M response tokens. `log_q`, `reverse_kl` and `forward_kl` carry gradients.
+
+    log_q: log q_t(y_t). entropy: of q_t, nats. log_p: log p_t(y_t). reverse_kl: KL(q_t || p_t). forward_kl: KL(p_t || q_t).
+    agreement: 1.0 where both find the same token most probable. All [M]; without a teacher the last four are zeros.
+    """
+
+    log_q: Tensor
+    entropy: Tensor
+    log_p: Tensor
+    reverse_kl: Tensor
+    forward_kl: Tensor
+    agreement: Tensor
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    """Rows to work on at a time: on a CPU as many as stay in its cache, because what follows reads them a dozen times."""
+    rows = len(logits) if logits.is_cuda else max(1, BLOCK // logits.shape[1])
+    return [slice(first, first + rows) for first in range(0, len(logits), max(1, rows))]
+
+
+class _Compare(torch.autograd.Function):
+    """`compare` with its gradient in closed form. Of z = logits / T, with q = softmax(z), d = log q - log p, y the token:
+
+    d log q(y) / dz = 1_y - q;  d KL(q || p) / dz = q (d - KL(q || p));  d KL(p || q) / dz = q - p.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_q: Tensor, logits_p: Tensor | None, token: Tensor, temperature: float, forbidden: Tensor, soft: bool
+    ) -> tuple[Tensor, ...]:
+        wide = logits_q.dtype if logits_q.dtype == torch.float64 else torch.float32
+        never = forbidden.nonzero()[:, 0]
+
+        def log_softmax(logits: Tensor) -> Tensor:
+            scaled = logits.to(wide, copy=True) if temperature == 1 else logits.to(wide) / temperature
+            return torch.log_softmax(scaled.index_fill_(1, never, NEVER), dim=-1)
+
+        kept = ctx.needs_input_grad[0]
+        q = torch.empty_like(logits_q, dtype=wide) if kept else None
+        difference = torch.empty_like(logits_q, dtype=wide) if kept and logits_p is not None else None
+        p = torch.empty_like(logits_q, dtype=wide) if difference is not None and soft else None
+        found = torch.zeros((6, len(token)), dtype=wide, device=token.device)
+        own, entropy, taught, reverse, forward, same = found
+        for rows in _blocks(logits_q):
+            log_q, at = log_softmax(logits_q[rows]), token[rows, None]
+            probability = torch.exp(log_q, out=None if q is None else q[rows])
+            own[rows] = log_q.gather(-1, at)[:, 0]
+            entropy[rows] = -(probability * log_q).sum(-1)
+            if logits_p is None:
+                continue
+            log_p = log_softmax(logits_p[rows])
+            best = log_q.max(-1).indices
+            same[rows] = (log_p.gather(-1, best[:, None])[:, 0] == log_p.amax(-1)).to(wide)
+            taught[rows] = log_p.gather(-1, at)[:, 0]
+            apart = torch.sub(log_q, log_p, out=None if difference is None else difference[rows])
+            reverse[rows] = (probability * apart).sum(-1)
+            if soft:
+                forward[rows] = -(torch.exp(log_p, out=None if p is None else p[rows]) * apart).sum(-1)
+        ctx.temperature, ctx.dtype = temperature, logits_q.dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(token, q, p, difference, reverse)
+        terms = tuple(term.clone() for term in found)
+        ctx.mark_non_differentiable(terms[1], terms[2], terms[5], *(() if logits_p is not None else terms[3:5]))
+        return terms
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None):  # type: ignore[override]
+        own, _, _, reverse, forward, _ = gradients
+        token, q, p, difference, divergence = ctx.saved_tensors
+        none = torch.zeros_like(q[:, 0])
+        own, reverse, forward = (none if g is None else g for g in (own, reverse, forward))
+        grad = torch.empty_like(q, dtype=ctx.dtype)
+        for rows in _blocks(q):
+            if difference is None:
+                block = q[rows] * -own[rows, None]
+            else:
+                constant = forward[rows] - own[rows] - reverse[rows] * divergence[rows]
+                block = torch.addcmul(constant[:, None], difference[rows], reverse[rows, None]).mul_(q[rows])
+                if p is not None:
+                    block.addcmul_(p[rows], forward[rows, None], value=-1)
+            block.scatter_add_(1, token[rows, None], own[rows, None])
+            grad[rows] = block if ctx.temperature == 1 else block.div_(ctx.temperature)
+        return grad, None, None, None, None, None
+
+
+def compare(
+    logits_q: Tensor, logits_p: Tensor | None, token: Tensor, temperature: float, forbidden: Tensor, soft: bool = False
+) -> Terms:
+    """Two distributions at each response token, in float32 (float64 stays so): softmax(logits / T) over what is not forbidden.
+
+    logits_q, logits_p [M, V] (p is the teacher, without gradient; None: there is none); token [M]; forbidden bool [V];
+    soft: with `forward_kl`, which is else zeros.
+    """
+    return Terms(*_Compare.apply(logits_q, logits_p, token, temperature, forbidden, soft))
+
+
+def chunks_of(tokens: int, vocabulary: int, logits: int = CHUNK) -> int:
+    """Into how many chunks M tokens should be cut, so that none has more than `logits` numbers."""
+    return max(1, -(-tokens // max(1, logits // vocabulary)))
+
+
+def in_chunks(make: Callable[..., Terms], count: int, *inputs: Tensor) -> Terms:
+    """make(*inputs), where `make` works on `count` chunks of the M rows of all inputs in turn.
+
+    With more than one chunk nothing that `make` computes is kept for the backward pass, which computes it again: so the memory
+    of its logits is that of one chunk, whatever M (Chen et al., 2016).
+    """
+    if count <= 1:
+        return make(*inputs)
+    parts = [
+        checkpoint(make, *chunk, use_reentrant=False, preserve_rng_state=False)
+        for chunk in zip(*(i.tensor_split(count) for i in inputs), strict=True)
+    ]
+    return Terms(*(torch.cat(found) for found in zip(*parts, strict=True)))
+
+
+class _Ready(torch.autograd.Function):
+    """A value whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        return None, None, *(known.mul_(grad) for known in ctx.saved_tensors)
+
+
+def at_once(
+    make: Callable[..., Terms],
+    objective: Callable[[Terms], Tensor],
+    guess: Terms,
+    count: int,
+    weights: list[Tensor],
+    hidden: Tensor,
+    *inputs: Tensor,
+) -> tuple[Tensor, Terms]:
+    """(objective(make(hidden, *inputs)), its terms without gradients), and the gradients of `hidden` and `weights` made at once.
+
+    The same memory as `in_chunks` without computing anything twice, where it is known before how the objective weighs each
+    term: its derivatives by the terms are taken at `guess`, and must not differ at the terms themselves.
+    """
+    leaves = Terms(*(term.detach().requires_grad_() for term in guess))
+    weighs = torch.autograd.grad(objective(leaves), leaves, allow_unused=True, materialize_grads=True)
+    used = [(k, weigh) for k, weigh in enumerate(weighs) if Terms._fields[k] in ("log_q", "reverse_kl", "forward_kl")]
+    parts: list[Terms] = []
+    hiddens: list[Tensor] = []
+    totals = [torch.zeros_like(weight) for weight in weights]
+    cuts = (i.tensor_split(count) for i in (hidden.detach(), *inputs, *(weigh for _, weigh in used)))
+    for part, *rest in zip(*cuts, strict=True):
+        part.requires_grad_()
+        terms = make(part, *rest[: len(inputs)])
+        asked = [(terms[k], weigh) for (k, _), weigh in zip(used, rest[len(inputs) :], strict=True) if terms[k].requires_grad]
+        own, *more = torch.autograd.grad([t for t, _ in asked], [part, *weights], [w.to(t.dtype) for t, w in asked])
+        hiddens.append(own)
+        for total, new in zip(totals, more, strict=True):
+            total += new
+        parts.append(Terms(*(term.detach() for term in terms)))
+    terms = Terms(*(torch.cat(found) for found in zip(*parts, strict=True)))
+    with torch.no_grad():
+        value = objective(terms)
+    return _Ready.apply(value, [torch.cat(hiddens), *totals], hidden, *weights), terms
 
 
 @dataclass
 class Batch:
-    """What the losses need of M response tokens.
+    """What the losses need of M response tokens, beside their `Terms`.
 
-    token, sequence, step [M]: the token, which response it belongs to, and t. log_p [M, V]: the teacher's distribution.
+    token, sequence, step [M]: the token, which response it belongs to, and t.
     log_mixture [M]: log p~(y_t). log_q_old [M]: log q(y_t) of the policy that generated, known after its first pass.
     """
 
     token: Tensor
     sequence: Tensor
     step: Tensor
-    log_p: Tensor
     log_mixture: Tensor
     log_q_old: Tensor | None = None
-
-
-def pick(log_MV: Tensor, token_M: Tensor) -> Tensor:
-    """log-probability of each token, [M]."""
-    return log_MV.gather(-1, token_M[:, None])[:, 0]
-
-
-def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b) over the vocabulary, [M]. Tokens that a forbids (-inf) take no part, in value and gradient."""
-    possible = torch.isfinite(log_a)
-    a = torch.where(possible, log_a, 0.0)
-    b = torch.where(possible, log_b, 0.0)
-    return (torch.where(possible, log_a, -torch.inf).exp() * (a - b)).sum(-1)
 
 
 def _pad(values_M: Tensor, batch: Batch) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
@@ -96,7 +256,7 @@ def importance(log_q_M: Tensor, batch: Batch, kind: str) -> Tensor:
     return ratio.exp()
 
 
-def reverse_kl(log_q_MV: Tensor, batch: Batch, loss: LossConfig) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def reverse_kl(terms: Terms, batch: Batch, loss: LossConfig) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """L_single and L_long as sums over tokens, and metrics as sums over tokens.
 
     L_single = sum_t [w_t or 1] KL(q_t || p_t), exact over the vocabulary.
@@ -104,12 +264,10 @@ def reverse_kl(log_q_MV: Tensor, batch: Batch, loss: LossConfig) -> tuple[Tensor
     weight of the whole response. When a rollout is used again (updates_per_rollout > 1) L_long is PPO's clipped form
     in rho = q / p~. Without the decomposition L_single is 0 and L_long has R_t: the same expectation, noisier.
     """
-    log_q = pick(log_q_MV, batch.token)
-    log_p = pick(batch.log_p, batch.token)
+    log_q, divergence = terms.log_q, terms.reverse_kl
     assert batch.log_q_old is not None
-    reward = log_p - batch.log_q_old
+    reward = terms.log_p - batch.log_q_old
     weight = importance(log_q, batch, loss.importance)
-    divergence = kl(log_q_MV, batch.log_p)
     weighted = loss.single_step_weighting == "importance" or loss.importance == "sequence"
     single = (weight * divergence if weighted else divergence).sum() if loss.decompose else 0.0 * divergence.sum()
     if loss.preset == "reference":
@@ -126,30 +284,20 @@ def reverse_kl(log_q_MV: Tensor, batch: Batch, loss: LossConfig) -> tuple[Tensor
         "reverse_kl": divergence.detach().sum(),
         "reward": reward.sum(),
         "importance": weight.sum(),
-        "agreement": (log_q_MV.detach().argmax(-1) == batch.log_p.argmax(-1)).float().sum(),
-        "entropy": -(log_q_MV.detach().exp() * torch.where(torch.isfinite(log_q_MV), log_q_MV, 0.0).detach()).sum(),
+        "agreement": terms.agreement.sum(),
+        "entropy": terms.entropy.sum(),
     }
     return single, long, metrics
 
 
-def cross_entropy(log_q_MV: Tensor, token_M: Tensor) -> Tensor:
+def cross_entropy(terms: Terms) -> Tensor:
     """- sum_t log q_t(y_t) over the tokens of written responses (L_pt, and the baseline sft)."""
-    return -pick(log_q_MV, token_M).sum()
+    return -terms.log_q.sum()
 
 
-def distillation(log_q_MV: Tensor, log_p_MV: Tensor, token_M: Tensor, alpha: float, temperature: float) -> Tensor:
-    """Equation 3 on written responses: sum_t alpha T^2 KL(p || q at T) + (1 - alpha) CE.
-
-    log_q_MV, log_p_MV: log-probabilities at temperature 1, from which those at T follow.
-    """
-    hard = cross_entropy(log_q_MV, token_M)
-    soft_q, soft_p = (torch.log_softmax(x / temperature, dim=-1) for x in (log_q_MV, log_p_MV))
-    return alpha * temperature**2 * kl(soft_p, soft_q).sum() + (1 - alpha) * hard
-
-
-def forward_kl(log_q_MV: Tensor, log_p_MV: Tensor) -> Tensor:
-    """sum_t KL(p_t || q_t): the half that the preset `reference` adds to the language-modelling term."""
-    return kl(log_p_MV, log_q_MV).sum()
+def distillation(terms: Terms, alpha: float, temperature: float) -> Tensor:
+    """Equation 3 on written responses: sum_t alpha T^2 KL(p || q at T) + (1 - alpha) CE. terms: `forward_kl` at T, else at 1."""
+    return alpha * temperature**2 * terms.forward_kl.sum() + (1 - alpha) * cross_entropy(terms)
 
 
 def alignment(z_student_BND: Tensor, z_teacher_BND: Tensor) -> Tensor:

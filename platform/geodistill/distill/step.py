@@ -7,6 +7,7 @@ Shapes as in losses.py; R rows, n branches, P prompt and C response columns as i
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from geodistill.config import LossConfig
 from geodistill.data.rows import Responses, Rows, respond
 from geodistill.distill import losses
-from geodistill.distill.decode import decode, log_probabilities
+from geodistill.distill.decode import Rollout, decode
 
 
 @dataclass
@@ -27,7 +28,9 @@ class Experience:
     features: Tensor | None  # the student's tower features, None where its tower is trained
     pixels: Any
     z_teacher: Tensor
+    kept: Tensor  # the teacher's last hidden states [M, D] at the response tokens: its head gives its distributions
     batch: losses.Batch
+    guess: losses.Terms | None  # log q(y_t) and log p(y_t) as they were in decoding, until the first update; None: not known
     length: float  # mean response length, tokens
     finished: float  # share of responses that ended by themselves
 
@@ -40,17 +43,24 @@ class Labelled:
     responses: Responses
     features: Tensor | None
     pixels: Any
-    log_p: Tensor | None = None  # the teacher's log-probabilities [M, V] on these responses, for kd
+    kept: Tensor | None = None  # the teacher's last hidden states [M, D] at these response tokens, for kd
 
     @property
     def tokens(self) -> int:
         return int(self.responses.valid_RC.sum())
 
 
+@dataclass
+class Seen:
+    """In place of images: stored features [B, N, H] of the tower that student and teacher share."""
+
+    features: Tensor
+
+
 class Distiller:
     """Teacher and student over one vocabulary. teacher None: only `sft` passes can be made.
 
-    forbidden: bool [V], tokens that no response may hold; end: the end token.
+    forbidden: bool [V], tokens that no response may hold; end: the end token; chunk: logits that a loss has in hand at a time.
     """
 
     def __init__(
@@ -62,13 +72,16 @@ class Distiller:
         end: int,
         limit: int,
         shared_tower: bool = False,
+        chunk: int = losses.CHUNK,
     ):
         self.student, self.teacher, self.loss = student, teacher, loss
         self.forbidden, self.end, self.limit = forbidden, end, limit
-        self.shared_tower = shared_tower
+        self.shared_tower, self.chunk = shared_tower, chunk
 
     def _features(self, pixels: Any, for_teacher: bool) -> tuple[Tensor | None, Tensor | None]:
-        """(student's, teacher's) tower features; a shared frozen tower runs once."""
+        """(student's, teacher's) tower features; a shared frozen tower runs once, and not at all where they are stored."""
+        if isinstance(pixels, Seen):
+            return pixels.features, pixels.features
         with torch.no_grad():
             student = self.student.see(pixels) if self.student.tower_frozen else None
             if not for_teacher:
@@ -96,8 +109,8 @@ class Distiller:
         )
         responses = respond(rows, rollout.tokens_RnT, rollout.length_Rn)
         token, sequence, step = responses.flat
-        assert rollout.kept_MV is not None
-        batch = losses.Batch(token, sequence, step, rollout.kept_MV, rollout.mixture_M)
+        assert rollout.kept_MD is not None
+        batch = losses.Batch(token, sequence, step, rollout.mixture_M)
         branches = rows.alive_Rn.sum().clamp(min=1)
         return Experience(
             rows,
@@ -105,58 +118,123 @@ class Distiller:
             features,
             pixels,
             z_teacher,
+            rollout.kept_MD,
             batch,
+            self._guess(rollout),
             length=float(rollout.length_Rn.sum() / branches),
             finished=float(rollout.finished_Rn.sum() / branches),
         )
 
+    def _guess(self, rollout: Rollout) -> losses.Terms | None:
+        """What decoding tells of the terms: enough for the weights and returns of the first update, unless one of the models took
+        no part in it and L_long, which needs both, does."""
+        teacher, student = rollout.log_pM
+        needed = self.loss.long > 0 or not self.loss.decompose
+        if student is None or (teacher is None and needed):
+            return None
+        none = torch.zeros_like(student)
+        return losses.Terms(student, none, none if teacher is None else teacher, none, none, none)
+
     def labelled(self, rows: Rows, responses: Responses, pixels: Any, with_teacher: bool) -> Labelled:
-        """A micro-batch of answers from the data, with the teacher's distribution on them where it is asked for."""
+        """A micro-batch of answers from the data, with the teacher's view of them where it is asked for."""
         features, features_teacher = self._features(pixels, for_teacher=with_teacher)
-        log_p = None
+        kept = None
         if with_teacher:
             with torch.no_grad():
-                logits, _ = self.teacher(rows, responses, features_teacher)
-                log_p = log_probabilities(logits, 1.0, self.forbidden)
-        return Labelled(rows, responses, features, pixels, log_p)
+                kept, _ = self.teacher(rows, responses, features_teacher, judge=lambda hidden: hidden)
+        return Labelled(rows, responses, features, pixels, kept)
+
+    def _compare(self, hidden: Tensor, token: Tensor, kept: Tensor | None = None, method: str = "distill") -> losses.Terms:
+        """Hidden states of student and teacher (or none) at the same tokens -> terms, the heads' logits in between."""
+        with torch.no_grad():
+            logits_p = None if kept is None else self.teacher.head(kept)
+        logits_q = self.student.head(hidden)
+        if method == "distill":
+            return losses.compare(logits_q, logits_p, token, self.loss.temperature, self.forbidden)
+        T = self.loss.kd_temperature if method == "kd" else 1.0
+        hard = losses.compare(logits_q, logits_p, token, 1.0, self.forbidden, soft=T == 1)
+        if T == 1:
+            return hard
+        return hard._replace(forward_kl=losses.compare(logits_q, logits_p, token, T, self.forbidden, soft=True).forward_kl)
+
+    def chunks(self, tokens: int) -> int:
+        """Into how many chunks a pass over that many response tokens is cut."""
+        return losses.chunks_of(tokens, len(self.forbidden), self.chunk)
+
+    def _judge(
+        self,
+        item: Experience | Labelled,
+        objective: Callable[[losses.Terms], Tensor],
+        guess: losses.Terms | None,
+        chunks: int,
+        method: str,
+    ) -> Callable[[Tensor], tuple[Tensor, losses.Terms]]:
+        """What a forward pass does with its hidden states [M, D]: (value of `objective`, terms of the tokens).
+
+        guess: terms at which the objective has the derivatives that it has at the true ones; None: they are not known, or
+        the head's weights lie in shards (chunks > 0: as many of them), and so the logits are computed twice.
+        """
+        token = item.responses.flat[0]
+        inputs = (token,) if item.kept is None else (token, item.kept)
+        count = max(chunks, self.chunks(len(token)))
+        make = partial(self._compare, method=method)
+
+        def judge(hidden: Tensor) -> tuple[Tensor, losses.Terms]:
+            if guess is None or chunks or not torch.is_grad_enabled():
+                terms = losses.in_chunks(make, count, hidden, *inputs)
+                return objective(terms), terms
+            weights = [w for w in self.student.head_weights() if w.requires_grad]
+            return losses.at_once(make, objective, guess, count, weights, hidden, *inputs)
+
+        return judge
 
     def on_policy_pass(
-        self, forward: Callable, item: Experience, tokens: float, image_tokens: float
+        self, forward: Callable, item: Experience, tokens: float, image_tokens: float, chunks: int = 0
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one rollout, already divided: (L_single + L_long) / tokens + lambda_align L_align / image_tokens.
 
         forward: the student's RowModel, or an engine around it. tokens, image_tokens: counts over the whole step.
-        metrics: sums, to be divided by the same counts.
+        chunks: of the response tokens, where the head's weights lie in shards and all workers must fetch them equally often; 0:
+        they do not. metrics: sums, to be divided by the same counts.
         """
-        logits, z_student = forward(item.rows, item.responses, item.features, item.pixels)
-        log_q = log_probabilities(logits, self.loss.temperature, self.forbidden)
-        if item.batch.log_q_old is None:  # first use: the policy that generated is the one that is updated
-            item.batch.log_q_old = losses.pick(log_q, item.batch.token).detach()
-        single, long, metrics = losses.reverse_kl(log_q, item.batch, self.loss)
-        metrics |= {"single": single.detach(), "long": long.detach()}
-        total = (self.loss.single * single + self.loss.long * long) / tokens
+        batch = item.batch
+        metrics: dict[str, Tensor] = {}
+
+        def objective(terms: losses.Terms) -> Tensor:
+            if batch.log_q_old is None:  # first use: the policy that generated is the one that is updated
+                batch.log_q_old = terms.log_q.detach()
+            single, long, found = losses.reverse_kl(terms, batch, self.loss)
+            metrics.update(found, single=single.detach(), long=long.detach())
+            return (self.loss.single * single + self.loss.long * long) / tokens
+
+        judge = self._judge(item, objective, item.guess, chunks, "distill")
+        (total, _), z_student = forward(item.rows, item.responses, item.features, item.pixels, judge)
+        item.guess = None  # the student moves
         if self.loss.align > 0:
             align = losses.alignment(z_student, item.z_teacher)
             metrics["align"] = align.detach()
             total = total + self.loss.align * align / image_tokens
         return total, metrics
 
-    def labelled_pass(self, forward: Callable, item: Labelled, tokens: float, method: str) -> tuple[Tensor, dict[str, Tensor]]:
+    def labelled_pass(
+        self, forward: Callable, item: Labelled, tokens: float, method: str, chunks: int = 0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one micro-batch of written answers, already divided by `tokens`, the count over the whole step.
 
         method: sft (cross-entropy), kd (equation 3), pretrain (L_pt: cross-entropy, or half of it and half forward KL
-        with the preset `reference`).
+        with the preset `reference`). chunks: as above.
         """
-        logits, _ = forward(item.rows, item.responses, item.features, item.pixels)
-        log_q = log_probabilities(logits, 1.0, self.forbidden)
-        token = item.responses.flat[0]
-        entropy = losses.cross_entropy(log_q, token)
-        metrics = {"cross_entropy": entropy.detach()}
-        if method == "kd":
-            assert item.log_p is not None
-            total = losses.distillation(log_q, item.log_p, token, self.loss.kd_alpha, self.loss.kd_temperature)
-        elif method == "pretrain" and item.log_p is not None:
-            total = 0.5 * entropy + 0.5 * losses.forward_kl(log_q, item.log_p)
-        else:
-            total = entropy
-        return total / tokens, metrics
+        assert method != "kd" or item.kept is not None
+
+        def objective(terms: losses.Terms) -> Tensor:
+            entropy = losses.cross_entropy(terms)
+            if method == "kd":
+                return losses.distillation(terms, self.loss.kd_alpha, self.loss.kd_temperature) / tokens
+            if method == "pretrain" and item.kept is not None:
+                return (0.5 * entropy + 0.5 * terms.forward_kl.sum()) / tokens
+            return entropy / tokens
+
+        guess = losses.Terms(*torch.zeros(6, item.tokens, device=self.forbidden.device))  # linear: the same everywhere
+        judge = self._judge(item, objective, guess, chunks, method)
+        (total, terms), _ = forward(item.rows, item.responses, item.features, item.pixels, judge)
+        return total, {"cross_entropy": losses.cross_entropy(terms).detach()}

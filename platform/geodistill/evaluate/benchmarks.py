@@ -41,7 +41,7 @@ class Answerer:
         self.packer = Packer(self.tokenizer, image_token, tokens, 10**6, options.questions_per_row, self.model.around())
         self.model.begin(self.packer.prefix, self.packer.prompt, self.size)
         if not self.model.takes_rows:
-            self.packer.questions_per_row = 1
+            self.packer.questions_per_row, self.packer.share_rows = 1, False
         self.forbidden = assemble.forbidden_tokens(self.tokenizer, len(self.tokenizer)).to(self.device)
 
     def __call__(self, row: dict) -> dict:
@@ -63,24 +63,22 @@ class Answerer:
             z = self.model.project(self.model.see(pixels))
         limit = self.config.evaluate.max_response
         out = decode([self.model], [1.0], rows, [z], limit, self.forbidden, self.tokenizer.eos_token_id, greedy=True)
-        predictions = []
-        for r, row_questions in enumerate(rows.questions):
-            for b, question in enumerate(row_questions):
-                ids = out.tokens_RnT[r, b, : out.length_Rn[r, b]]
-                image = batch.ids[int(rows.image_R[r])]
-                predictions.append(
-                    {
-                        "benchmark": benchmark_of(self.made_with, image, self.config.data.name),
-                        "id": image,
-                        "task": question.task,
-                        "category": question.category,
-                        "size_group": question.category if question.category in SIZE_GROUPS else "",
-                        "question": question.text,
-                        "prediction": self.tokenizer.decode(ids, skip_special_tokens=True).strip(),
-                        "references": question.references,
-                    }
-                )
-        return predictions
+        order = rows.question_Rn[rows.alive_Rn].argsort()
+        answers = [*zip(out.tokens_RnT[rows.alive_Rn][order].tolist(), out.length_Rn[rows.alive_Rn][order].tolist(), strict=True)]
+        asked = [(image, question) for image, found in zip(batch.ids, batch.questions, strict=True) for question in found]
+        return [
+            {
+                "benchmark": benchmark_of(self.made_with, image, self.config.data.name),
+                "id": image,
+                "task": question.task,
+                "category": question.category,
+                "size_group": question.category if question.category in SIZE_GROUPS else "",
+                "question": question.text,
+                "prediction": self.tokenizer.decode(tokens[:length], skip_special_tokens=True).strip(),
+                "references": question.references,
+            }
+            for (image, question), (tokens, length) in zip(asked, answers, strict=True)
+        ]
 
 
 def benchmark_of(settings: dict, image: str, name: str = "") -> str:

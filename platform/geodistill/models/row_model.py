@@ -6,8 +6,8 @@ Shapes: B images, N image tokens, R rows, Q columns fed, K columns seen, D width
 """
 
 import inspect
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from geodistill.data.rows import PADDING, Responses, Rows, attends
+from geodistill.models.attention import attend_by, block_mask, by_sdpa
 from geodistill.models.vision import normalize
 
 # what a family writes around its image tokens, where its chat template does not
@@ -72,6 +73,7 @@ class RowModel(nn.Module):
         self.align = align
         self.vocabulary = vocabulary
         self.takes_rows = True
+        self.attention = "sdpa"  # how whole rows are read, without a cache: sdpa or flex
         self.tower_frozen = freeze_tower
         if freeze_tower:
             self._freeze()
@@ -149,13 +151,21 @@ class RowModel(nn.Module):
         if z_RND is not None:
             at_image = (ids_RQ == self.model.config.image_token_id)[..., None]
             embeds = embeds.masked_scatter(at_image, z_RND.to(embeds.dtype))
-        return language_model(self.model)(
-            inputs_embeds=embeds,
-            position_ids=self._places(position_RQ),
-            attention_mask=mask_R1QK if self.takes_rows else mask_R1QK.any(2)[:, 0].long(),
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
+        mask = mask_R1QK if self.takes_rows else mask_R1QK.any(2)[:, 0].long()
+        flex = self.attention == "flex" and cache is None
+        with nullcontext() if cache is None else by_sdpa(self.model):
+            return language_model(self.model)(
+                inputs_embeds=embeds,
+                position_ids=self._places(position_RQ),
+                attention_mask=block_mask(mask) if flex else mask,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).last_hidden_state
+
+    def attend_by(self, name: str) -> None:
+        """Read whole rows by `name`, sdpa or flex; with a cache it is always sdpa."""
+        self.attention = name
+        attend_by(self.model, name)
 
     def _places(self, position_RQ: Tensor) -> Tensor:
         """Positions in a branch -> those that the language model takes."""
@@ -165,8 +175,20 @@ class RowModel(nn.Module):
         """Hidden states [..., D] -> logits [..., V]."""
         return self.model.lm_head(hidden)[..., : self.vocabulary]
 
-    def forward(self, rows: Rows, responses: Responses, features_BNH: Tensor | None, pixels: Any = None) -> tuple[Tensor, Tensor]:
-        """Logits [M, V] of the valid response tokens, and z [B, N, D] (through `align` where there is one).
+    def head_weights(self) -> list[nn.Parameter]:
+        """The weights of `head`."""
+        return [*self.model.lm_head.parameters()]
+
+    def forward(
+        self,
+        rows: Rows,
+        responses: Responses,
+        features_BNH: Tensor | None,
+        pixels: Any = None,
+        judge: Callable[[Tensor], Any] | None = None,
+    ) -> tuple[Any, Tensor]:
+        """(what `judge` makes of the hidden states [M, D] of the valid response tokens; without one: their logits [M, V]),
+        and z [B, N, D] (through `align` where there is one).
 
         features_BNH: tower features; None: the tower runs here, on `pixels`, because it is trained or not apart.
         """
@@ -177,9 +199,9 @@ class RowModel(nn.Module):
         branch = torch.cat([rows.branch_RP, responses.branch_RC], 1)
         position = torch.cat([rows.position_RP, responses.position_RC], 1)
         ids = torch.cat([rows.ids_RP, responses.ids_RC], 1)
-        hidden = self.hidden(ids, position, attends(branch, position, branch, position), z[rows.image_R])
-        logits = self.head(hidden[:, rows.ids_RP.shape[1] :][responses.valid_RC])
-        return logits, z if self.align is None else self.align(z)
+        hidden = self.hidden(ids, position, attends(branch, position, branch, position), z[rows.image_I])
+        found = (judge or self.head)(hidden[:, rows.ids_RP.shape[1] :][responses.valid_RC])
+        return found, z if self.align is None else self.align(z)
 
 
 class AnyRowModel(RowModel):

@@ -4,7 +4,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from geodistill.config import Config, TrainConfig
+from geodistill.data.features import check_features, to_tensor
 from geodistill.data.files import download
-from geodistill.data.rows import Rows
+from geodistill.data.rows import Rows, padding
 from geodistill.data.stream import MicroBatch, PackerSpec, new_packer, read_split, stream
-from geodistill.distill.step import Distiller, Experience, Labelled
+from geodistill.distill.step import Distiller, Experience, Labelled, Seen
 from geodistill.models import assemble
+from geodistill.models.attention import faster
 from geodistill.models.row_model import RowModel, row_model
 from geodistill.models.tuning import merged_weights, tune
 from geodistill.train import checkpoint, engine
@@ -122,6 +124,8 @@ class Run:
         if frozen_teacher is not None and config.cluster.shard_teacher:
             engine.shard(frozen_teacher, config.cluster)
 
+        self._choose_attention(student)
+
         # Every step runs the same number of backward passes on every worker: one per micro-batch, one more for D_PT.
         self.micros = train.images_per_step // (train.images_per_micro_batch * self.world)
         self.with_pretrain = on_policy and config.distill.loss.pretrain > 0
@@ -139,6 +143,7 @@ class Run:
             tokenizer.eos_token_id,
             train.max_response,
             shared,
+            config.cluster.loss_chunk,
         )
 
     def _read_images(self, student: RowModel, teacher: RowModel | None, tokenizer: str) -> None:
@@ -148,19 +153,39 @@ class Run:
         with torch.no_grad():
             tokens = student.image_tokens(side)
         image_token = self.processor.tokenizer.convert_ids_to_tokens(student.image_token)
+        features = "" if train.blind else self.config.features  # a blind stage is shown images of nothing
+        if features:
+            roles = (self.stage.role, "teacher")
+            check_features(self.config, {role: reader.model for role, reader in zip(roles, readers, strict=False)}, side)
+        sizes = tokens, side, train.max_response, train.questions_per_row
         self.spec = PackerSpec(
-            tokenizer, image_token, tokens, side, train.max_response, train.questions_per_row, student.around()
+            tokenizer, image_token, *sizes, student.around(), tokens_per_row=train.tokens_per_row, features=features
         )
         self.packer = new_packer(self.spec)
         for reader in readers:
             reader.begin(self.packer.prefix, self.packer.prompt, side)
         if not all(reader.takes_rows for reader in readers):
-            self.spec = replace(self.spec, questions_per_row=1)
+            self.spec = replace(self.spec, questions_per_row=1, share_rows=False)
             self.packer = new_packer(self.spec)
         if self.rank == 0:
-            rows = f"image rows of up to {self.spec.questions_per_row} questions"
+            rows = f"image rows of up to {self.spec.questions_per_row} questions an image"
+            rows += f" and {self.spec.tokens_per_row} tokens" if self.spec.tokens_per_row else ""
             one = "one question a row: this family does not take the mask of image rows"
-            print(f"[{self.stage.name}] {tokens} image tokens, {rows if self.spec.questions_per_row > 1 else one}", flush=True)
+            print(f"[{self.stage.name}] {tokens} image tokens, {rows if self.spec.share_rows else one}", flush=True)
+
+    def _choose_attention(self, student: RowModel) -> None:
+        """As cluster.attention says; auto: what rank 0 measures, with a micro-batch of full rows, decides for all workers."""
+        name, train = self.config.cluster.attention, self.stage.train
+        told = f"cluster.attention={name}"
+        if name == "auto":
+            columns = len(self.packer.prefix) + self.spec.questions_per_row * len(self.packer.prompt)
+            name, told = faster(student, train.images_per_micro_batch, columns)
+            flex = torch.tensor(float(name == "flex"), device=self.device)
+            dist.broadcast(flex, 0)
+            name = "flex" if flex else "sdpa"
+        student.attend_by(name)
+        if self.rank == 0 and self.device.type == "cuda":
+            print(f"[{self.stage.name}] attention of updates: {name} ({told})", flush=True)
 
     def stream(self, splits: list[str], seed: int):
         """This worker's micro-batches from the current step on."""
@@ -168,8 +193,10 @@ class Run:
 
     def rows(self, batch: MicroBatch) -> tuple[Rows, Any]:
         """(rows, what the models take of the images) on the device; images of nothing for a blind stage."""
-        pixels = self.distiller.student.prepare(torch.from_numpy(batch.pixels).to(self.device), self.stage.train.blind)
-        return self.packer.pack(batch.questions).to(self.device), pixels
+        rows = self.packer.pack(batch.questions).to(self.device)
+        if batch.features is not None:
+            return rows, Seen(to_tensor(batch.features).to(self.device))
+        return rows, self.distiller.student.prepare(torch.from_numpy(batch.pixels).to(self.device), self.stage.train.blind)
 
     def sampler(self, step: int, number: int) -> torch.Generator:
         """What samples the responses of this worker's micro-batch `number` of a step: the same whatever worker has it, and
@@ -186,6 +213,15 @@ class Run:
         """Inside: whole weights, and no dropout, for what runs outside an update (collective)."""
         self.engine.module.eval()
         return engine.gathered(self.engine, self.teacher_in_shards)
+
+    def chunks(self, items: list[int]) -> int:
+        """Chunks of the response tokens in every pass of a step where weights lie in shards: all workers must fetch the heads
+        equally often (collective there). 0: they do not. items: tokens of each pass."""
+        if self.engine.zero_optimization_stage() < 3 and self.teacher_in_shards is None:
+            return 0
+        agreed = torch.tensor(self.distiller.chunks(max(items)), device=self.device)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        return int(agreed)
 
     def export(self) -> None:
         """Write the student as plain transformers reads it (collective: ZeRO-3 gathers its weights layer by layer)."""
@@ -241,6 +277,7 @@ def update_on_policy(run: Run, drawn: list[MicroBatch], corpus: list[MicroBatch]
     with run.gathered():
         items = [distiller.rollout(*run.rows(batch), run.sampler(step, number)) for number, batch in enumerate(drawn)]
         pretrain = [run.labelled(batch, with_teacher=loss.preset == "reference") for batch in corpus]
+    report_padding(report, [*items, *pretrain])
     for item in items:
         branches = float(item.rows.alive_Rn.sum())
         report.add({"length": torch.tensor(item.length * branches), "finished": torch.tensor(item.finished * branches)}, branches)
@@ -251,15 +288,17 @@ def update_on_policy(run: Run, drawn: list[MicroBatch], corpus: list[MicroBatch]
         sum(i.tokens for i in pretrain),
     )
 
+    chunks = run.chunks([*(len(i.batch.token) for i in items), *(i.tokens for i in pretrain)])
+
     def on_policy(item: Experience) -> Tensor:
-        value, metrics = distiller.on_policy_pass(run.engine, item, tokens, image_tokens)
+        value, metrics = distiller.on_policy_pass(run.engine, item, tokens, image_tokens, chunks)
         if "align" in metrics:
             report.add({"align": metrics.pop("align")}, item.z_teacher[..., 0].numel())
         report.add(metrics, len(item.batch.token))
         return value
 
     def modelling(item: Labelled) -> Tensor:
-        value, metrics = distiller.labelled_pass(run.engine, item, pretrain_tokens, "pretrain")
+        value, metrics = distiller.labelled_pass(run.engine, item, pretrain_tokens, "pretrain", chunks)
         report.add({"pretrain": metrics["cross_entropy"]}, item.tokens)
         return loss.pretrain * value
 
@@ -272,14 +311,23 @@ def update_labelled(run: Run, drawn: list[MicroBatch], report: Reporter, step: i
     method = run.stage.train.method
     with run.gathered():
         items = [run.labelled(batch, with_teacher=method == "kd") for batch in drawn]
+    report_padding(report, items)
     (tokens,) = global_counts(run, sum(i.tokens for i in items))
+    chunks = run.chunks([i.tokens for i in items])
 
     def learn(item: Labelled) -> Tensor:
-        value, metrics = run.distiller.labelled_pass(run.engine, item, tokens, method)
+        value, metrics = run.distiller.labelled_pass(run.engine, item, tokens, method, chunks)
         report.add(metrics, item.tokens)
         return value
 
     update(run, [(learn, i) for i in items], report, step)
+
+
+def report_padding(report: Reporter, items: Sequence[Experience | Labelled]) -> None:
+    """The share of padding in what the updates read."""
+    for item in items:
+        columns = item.rows.ids_RP.numel() + item.responses.ids_RC.numel()
+        report.add({"padding": torch.tensor(padding(item.rows, item.responses) * columns)}, columns)
 
 
 def global_counts(run: Run, *counts: float) -> list[float]:
@@ -330,7 +378,9 @@ def validate(run: Run, batches: list[MicroBatch]) -> float:
     with run.gathered():
         for batch in batches:
             item = run.labelled(batch, with_teacher=False)
-            value, _ = run.distiller.labelled_pass(run.distiller.student, item, 1.0, "sft")
+            value, _ = run.distiller.labelled_pass(
+                run.distiller.student, item, 1.0, "sft"
+            )  # whole weights: as many chunks as needed
             total += torch.tensor([value.item(), item.tokens], dtype=torch.float64)
     total = total.to(run.device)
     dist.all_reduce(total)

@@ -7,6 +7,7 @@ Shapes as in data/rows.py: R rows, n questions, P prompt columns, T tokens of a 
 """
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -69,12 +70,18 @@ def load_of(config: Config, stage: Stage, patches: int) -> Load:
     For the worst case of memory set plan.response_tokens to the stage's max_response, plan.questions_per_image to all.
     """
     plan, train = config.plan, stage.train
-    pieces = math.ceil(plan.questions_per_image / train.questions_per_row)
+    most = float(train.questions_per_row)
+    if train.tokens_per_row:
+        most = min(most, max(1, (train.tokens_per_row - patches) // (plan.prompt_tokens - 1 + plan.response_tokens)))
+    pieces = math.ceil(plan.questions_per_image / most)
     questions = math.ceil(plan.questions_per_image / pieces)
     images = train.images_per_micro_batch
     prompt = patches + questions * (plan.prompt_tokens - 1)  # the last token of a prompt opens the response region
     micros = train.images_per_step // (images * config.cluster.workers)
     return Load(images, images * pieces, questions, prompt, plan.response_tokens, micros)
+
+
+_made: dict[str, PreTrainedConfig] = {}  # it takes a tower's modules to make one
 
 
 def models(config: Config, stage: Stage) -> dict[str, tuple[str, PreTrainedConfig]]:
@@ -83,7 +90,12 @@ def models(config: Config, stage: Stage) -> dict[str, tuple[str, PreTrainedConfi
 
     def found(sizes: ModelConfig, vocabulary: int, *folders: str) -> tuple[str, PreTrainedConfig]:
         there = [folder for folder in folders if folder and (Path(folder) / "config.json").is_file()]
-        return (there[0], AutoConfig.from_pretrained(there[0])) if there else ("", architecture(sizes, vocabulary))
+        if there:
+            return there[0], AutoConfig.from_pretrained(there[0])
+        key = repr((sizes, vocabulary))
+        if key not in _made:
+            _made[key] = architecture(sizes, vocabulary)
+        return "", deepcopy(_made[key])
 
     own, sizes, vocabulary = {}, config.teacher.model, config.data.vocabulary
     if stage.teacher:
@@ -125,9 +137,9 @@ def memory(config: Config, stage: Stage) -> dict[str, dict[str, float]]:
       They were measured with DeepSpeed 0.19.8 on one CPU. At the step: float32 copies of them (bf16 at ZeRO 0, fp32 at 1, 2);
       and AdamW's own temporaries, 8 A, where it is not fused (on CPUs).
     - activations: what autograd keeps, `_kept`, of every layer; with gradient checkpointing each layer's input,
-      and all of one layer. Beside them at work: the losses on [M, V], or one layer's backward pass, if that is more.
-    - a rollout: both KV caches, the teacher's float32 rows [M, V] of the whole step, and at work the largest of joining those
-      (two copies), one decode step's distributions, one layer of a prefill. Weights in shards are whole meanwhile.
+      and all of one layer. Beside them at work: the losses on a chunk of [M, V], or one layer's backward pass, if that is more.
+    - a rollout: both KV caches, the teacher's hidden states at the responses of the whole step, and at work the larger of one
+      decode step's distributions and one layer of a prefill. Weights in shards are whole meanwhile.
     """
     teacher, student = shapes(config, stage)
     train, cluster, loss = stage.train, config.cluster, config.distill.loss
@@ -138,7 +150,8 @@ def memory(config: Config, stage: Stage) -> dict[str, dict[str, float]]:
     learned_map = student.hidden * teacher.hidden if teacher and aligned and loss.align_map == "linear" else 0
     trained = student.trained + learned_map
     weights = s * (student.weights + learned_map)
-    rows_MV = 4.0 * load.responses * student.vocabulary
+    step_MV = 4.0 * load.rows * load.questions * student.vocabulary  # one decode step's logits in float32
+    kept = s * load.responses * teacher.hidden if teacher and with_rows else 0.0
 
     held = {"student's weights": weights / (workers if zero == 3 else 1)}
     gathered = weights if zero == 3 else 0.0
@@ -160,18 +173,19 @@ def memory(config: Config, stage: Stage) -> dict[str, dict[str, float]]:
     held["images, features"] = batches * (load.images * image + indices)
     if teacher and on_policy:
         held["images, features"] += load.micros * load.images * teacher.patches * teacher.hidden * s
-    if with_rows:
-        held["teacher's rows"] = load.micros * rows_MV
+    if kept:
+        held["teacher's hidden states"] = load.micros * kept
 
     found = {}
     if teacher and on_policy:
         columns = _capacity(load)
         first, second = (load.rows * m.cache(columns, s) for m in (teacher, student))
-        prefill = max(_forward(teacher, load, load.prompt, s) - second, _forward(student, load, load.prompt, s))
-        work = max(2 * rows_MV, 9 * rows_MV / load.tokens, prefill - rows_MV)
+        lockstep = load.prompt if loss.alpha > 0 else load.columns  # a teacher without a share reads all at the end
+        prefill = max(_forward(teacher, load, lockstep, s) - second, _forward(student, load, load.prompt, s))
+        work = max(kept, 9 * step_MV, prefill - kept)
         found["rollout"] = between | {"gathered weights": gathered, "KV caches": first + second, "at work": work}
     elif teacher and with_rows:
-        work = max(3 * rows_MV, _forward(teacher, load, load.columns, s))
+        work = _forward(teacher, load, load.columns, s)
         found["teacher's pass"] = between | {"gathered weights": gathered, "at work": work}
 
     layer, behind = _kept(student, load, train, s, cluster.use_gpu)
@@ -184,8 +198,11 @@ def memory(config: Config, stage: Stage) -> dict[str, dict[str, float]]:
     if student.trains_tower:
         kept += 20 * load.images * (student.patches + 1) * student.tower_hidden * student.tower_layers * s  # as a CLIP layer's
     backward = tokens * (student.intermediate + student.hidden) * s + (layer if again else 0)
-    copies = {"distill": 6, "kd": 8, "sft": 2}[train.method]
-    losses = load.responses * student.vocabulary * (s + 1.25 + 4 * copies)  # logits, masks, float32 copies
+    chunk = min(load.responses, max(1, cluster.loss_chunk // student.vocabulary))
+    losses: float = chunk * student.vocabulary * (2 * s + 16 if with_rows else s + 12)  # logits, float32 copies
+    losses += (
+        2 * s * student.embedding if train.tuning == "full" and zero < 3 else 0.0
+    )  # the head's gradient: a chunk's, and the sum
     found["update"] = {
         "gradients": gradients, "reduce bucket": bucket, "gathered weights": s * min(student.weights, LIVE) if zero == 3 else 0.0,
         "activations": kept, "at work": max(losses, backward),
@@ -333,7 +350,8 @@ def work(config: Config, stage: Stage) -> dict[str, Cost]:
     """One step of one worker by part.
 
     tower: each image once, where teacher and student share a frozen tower, else twice. prefill: both models read R P tokens.
-    decode: T times both read their weights and KV caches, for R n tokens. teacher's pass: kd's. update: the student's forward
+    decode: T times both read their weights and KV caches, for R n tokens; with alpha = 0 the student alone. teacher's pass: over
+    the responses, with kd and alpha = 0. update: the student's forward
     pass; the gradient of its activations, as much again; that of the weights it trains; with gradient checkpointing another
     forward pass. all-reduce: a ring sends 2 (W - 1) / W of the gradients (Patarasuk and Yuan, 2009), once a step, from ZeRO 2
     on at every pass; ZeRO gathers the weights after the step, ZeRO 3 also twice a pass. Left out: AdamW, data, checkpoints.
@@ -356,14 +374,20 @@ def work(config: Config, stage: Stage) -> dict[str, Cost]:
         sent += ring * stored * cluster.shard_teacher
         if on_policy:
             weights = stored * teacher.language / teacher.weights + s * student.language
-            middle, both = load.prompt + load.questions * load.tokens // 2, (teacher, student)
+            middle = load.prompt + load.questions * load.tokens // 2
+            both: tuple[Shape, ...] = (teacher, student)
+            if config.distill.loss.alpha == 0:
+                weights, both = s * student.language, (student,)
+                found["teacher's pass"] = Cost(load.micros * teacher.text_flops(X, load.columns, 0))
             step = sum(m.text_flops(R * load.questions, middle, R * load.questions) for m in both)
             read = weights + R * sum(m.cache(middle, s) for m in both)
             found["prefill"] = Cost(load.micros * sum(m.text_flops(R * load.prompt, load.prompt, 0) for m in both))
             found["decode"] = Cost(load.micros * load.tokens * step, load.micros * load.tokens * read)
         else:
-            found["teacher's pass"] = Cost(load.micros * teacher.text_flops(X, load.columns, M))
+            found["teacher's pass"] = Cost(load.micros * teacher.text_flops(X, load.columns, 0))
     factor = 2 + min(1.0, student.trained / student.language) + cluster.gradient_checkpointing
     found["update"] = Cost(passes * factor * student.text_flops(X, load.columns, M))
+    if teacher and with_rows:  # the teacher's head, on what was kept of its pass
+        found["update"] = Cost(found["update"].flops + load.micros * teacher.text_flops(0, 0, M))
     found["all-reduce"] = Cost(0.0, 0.0, sent)
     return found

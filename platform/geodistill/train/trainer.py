@@ -11,6 +11,7 @@ from ray.train.torch import TorchTrainer
 
 from geodistill.cli import JobFailed
 from geodistill.config import Config, ModelConfig, TrainConfig, save
+from geodistill.data.features import load_features
 from geodistill.data.shards import load_manifest
 from geodistill.models import assemble
 from geodistill.models.pair import check_stage_pair
@@ -106,6 +107,8 @@ def check_stage(config: Config, stage: Stage) -> None:
     manifest = load_manifest(config.data.shards, [*stage.train.splits, "val"])
     if stage.train.method == "distill" and config.distill.loss.pretrain > 0:
         load_manifest(config.data.shards, config.distill.pretrain_splits)
+    if config.features and not stage.train.blind:
+        load_features(config.features)
     per_group = manifest["settings"]["images_per_group"]
     if stage.train.images_per_micro_batch % per_group:
         raise ValueError(
