@@ -18,6 +18,7 @@ def plan_job(config: Config) -> None:
     if not config.cluster.use_gpu:
         print("cluster.use_gpu=false: memory is that of a worker on the CPU, time that on plan.gpu")
     print(*(memory_text(config, stage) for stage in todo), time_text(config, todo), sep="\n\n", end="\n\n")
+    print(scaling_text(config, todo[-1]), end="\n\n")
     print(tables({}, {role: size(made) for role, (_, made) in used.items()})[-1].text(), end="\n\n")
     found = [verdict(config, stage, available(config), config.plan.gpu) for stage in todo]
     for fits, words in found:
@@ -75,6 +76,44 @@ def time_text(config: Config, todo: list[Stage]) -> str:
         f"All stages: {total:.4g} hours, {total * workers:.4g} GPU-hours."
     )
     return Table("Time of a step", [("", stage.name) for stage in todo], [*rows.values()], note, label="").text()
+
+
+def scaling_text(config: Config, stage: Stage) -> str:
+    """A column for each number of workers: the parts of a step, what is prepared beside it, and what follows."""
+    from geodistill.evaluate.tables import ABSENT, Table
+    from geodistill.train.plan import load_of
+    from geodistill.train.scaling import MOST, WORKERS, rates, scaled, starving
+
+    found, load, plan = rates(config, stage), load_of(config, stage, 0), config.plan
+    whole = stage.train.images_per_step // load.images  # micro-batches of the global batch
+    few = sorted({workers for workers in (*WORKERS, whole) if whole % workers == 0 and workers > 1})
+    cases = [("every worker as much", n, load.micros) for n in (1, *WORKERS)]
+    cases += [(f"{stage.train.images_per_step} images a step", n, whole // n) for n in few]
+    rows: dict[str, list[str]] = {}
+    for _, workers, micros in cases:
+        step, alone = scaled(config, stage, found, workers, micros), scaled(config, stage, found, 1, micros)
+        column = {f"{part}, s": value for part, value in step.parts.items()} | {
+            "a step, s": step.seconds,
+            **{f"beside it: {part}, s": value for part, value in step.data.items()},
+            "images a step": step.images,
+            "images/s": step.rate,
+            "responses/s": step.rate * load.rows * load.questions / load.images,
+            "efficiency": step.rate / (workers * alone.rate),
+        }
+        for name, value in column.items():
+            rows.setdefault(name, [name]).append(f"{value:.4g}" if value else ABSENT)
+        rows.setdefault("bound by", ["bound by"]).append(step.bound)
+    starved = starving(config, stage, found, load.micros)
+    hungry = f"not even at {MOST:,} workers" if starved is None else f"from {starved:,} worker{'s' * (starved > 1)} on"
+    note = (
+        f"Compute: {found.source}. Nodes of {plan.workers_per_node} workers and {plan.node_cores} cores. All-reduce at "
+        f"{found.link:.3g} GB/s in a node, {plan.bandwidth_share:.0%} of {plan.node_network:g} GB/s between nodes. Data of a "
+        f"node: {1000 * found.decode:.2g} CPU ms an image, {found.store:.3g} GB/s of pixels through the object store; storage: "
+        f"{found.image / 1000:.0f} kB an image, {plan.storage:g} GB/s for all nodes. Responses of {load.tokens} tokens on "
+        f"average, {stage.train.max_response} at most. Efficiency: against one worker with as much. A step of every worker as "
+        f"much would wait for data {hungry} (powers of two were tried)."
+    )
+    return Table(f"Scaling: {stage.name}", [(group, f"{n}") for group, n, _ in cases], [*rows.values()], note, "workers").text()
 
 
 if __name__ == "__main__":
