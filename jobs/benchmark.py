@@ -1,45 +1,47 @@
-"""Measure this machine: `python jobs/benchmark.py data|step --config FILE [key=value ...]`; writes run/benchmark/NAME.json.
+"""Measure this machine: `python jobs/benchmark.py NAME --config FILE [key=value ...]`; writes run/benchmark/NAME.json.
 
 data: the stream against a plain PIL loop, its memory, and (from a finished run) the share of a step that waits for data.
 step: memory, time and rates of a worker's share of a step of distill.train on one device, with random weights, beside plan.py's.
+operators: the heaviest operators of such a step.
+loss: time and memory of the losses on [responses, vocabulary] against a dense one and, where installed, TRL's.
+distill [quick|full]: rollout and update against TRL's DistillationTrainer (where installed) and MiniLLM's published procedure;
+random weights: small models on one thread (or cluster.threads_per_worker), large ones with cluster.use_gpu=true; and a plot.
+scaling: images/s of distill.train with one worker and with two, and the rates that plan.py's table of more workers uses.
+consumers: the data plane under 8, 64 and 512 streams at once, which sleep in place of training.
+compare: the ratios of all that were measured beside those of README's Results; ends with 1 where one has fallen.
 """
 
 import json
 import sys
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 from geodistill.cli import main
 from geodistill.config import Config
 
-
-def data(config: Config) -> None:
-    from geodistill.benchmark import data_table, measure_data
-
-    found = measure_data(config)
-    file = Path(config.run) / "benchmark/data.json"
-    file.write_text(json.dumps(found, indent=1))
-    print(f"\n{data_table(found)}\n\nfigures: {file}")
+NAMES = ("data", "step", "operators", "loss", "distill", "scaling", "consumers", "compare")
+WITH_RAY = ("data", "scaling", "consumers")
 
 
-def step(config: Config) -> None:
-    from geodistill.step_benchmark import measure_step, step_table
-
-    found = measure_step(config)
-    file = Path(config.run) / "benchmark/step.json"
+def benchmark(config: Config, name: str, *words: str) -> None:
+    """Measure, write the figures, and print them (benchmarks/NAME.py: measure_NAME, NAME_table and perhaps NAME_figure)."""
+    module = import_module(f"geodistill.benchmarks.{name}")
+    found = getattr(module, f"measure_{name}")(config, *words)
+    file = Path(config.run) / f"benchmark/{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found, indent=1))
-    print(f"\n{step_table(found)}\n\nfigures: {file}")
+    if figure := getattr(module, f"{name}_figure", None):
+        figure(found).savefig(file.with_suffix(".png"), dpi=150)
+    print(f"\n{getattr(module, f'{name}_table')(found)}\n\nfigures: {file}")
 
-
-BENCHMARKS: dict[str, Callable[[Config], None]] = {"data": data, "step": step}
 
 if __name__ == "__main__":
     name = sys.argv.pop(1) if len(sys.argv) > 1 else ""
     if name in ("--help", "-h"):
         print(__doc__)
         raise SystemExit(0)
-    if name not in BENCHMARKS:
-        print(f"benchmark: cannot measure {name!r}; the first argument is one of: {', '.join(BENCHMARKS)}", file=sys.stderr)
+    if name not in NAMES:
+        print(f"benchmark: cannot measure {name!r}; the first argument is one of: {', '.join(NAMES)}", file=sys.stderr)
         raise SystemExit(2)
-    main("benchmark", BENCHMARKS[name], needs_ray=lambda config: name == "data")
+    words = [sys.argv.pop(1)] if name == "distill" and sys.argv[1:2] in (["quick"], ["full"]) else []
+    main("benchmark", lambda config: benchmark(config, name, *words), needs_ray=lambda config: name in WITH_RAY)

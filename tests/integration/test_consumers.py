@@ -2,7 +2,7 @@
 
 import pytest
 
-from geodistill import consumers_benchmark as data
+from geodistill.benchmarks import consumers as data
 from geodistill.config import load
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]

@@ -7,6 +7,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from geodistill.config import ConfigError, load
 from geodistill.data.rows import attends
+from geodistill.distill.decode import new_cache
+from geodistill.models import attention
 from geodistill.models.attention import block_mask, faster
 from geodistill.models.row_model import RowModel
 
@@ -23,6 +25,26 @@ def test_a_block_mask_hides_what_the_row_mask_hides(make_packer, questions):
     with torch.no_grad():
         found = flex_attention(query, key, value, block_mask=block_mask(mask))
     torch.testing.assert_close(found, scaled_dot_product_attention(query, key, value, mask), rtol=1e-4, atol=1e-5)
+
+
+def test_sdpa_in_blocks_is_sdpa(monkeypatch, teacher, make_packer, questions, pixels):
+    """Values and gradients, with a cache in which columns stand already and without."""
+    rows, mask = row_mask(make_packer, questions)
+    model, found = RowModel(teacher), []
+    z = model.project(model.see(pixels[:3])).detach()[rows.image_I]
+    cut = int((rows.ids_RP == model.image_token).nonzero()[:, 1].max()) + 5
+    for block in (7, 10**6):
+        monkeypatch.setattr(attention, "BLOCK", block)
+        cache = new_cache(model.model)
+        whole = model.hidden(rows.ids_RP, rows.position_RP, mask, z)
+        with torch.no_grad():
+            model.hidden(rows.ids_RP[:, :cut], rows.position_RP[:, :cut], mask[:, :, :cut, :cut], z, cache)
+            behind = model.hidden(rows.ids_RP[:, cut:], rows.position_RP[:, cut:], mask[:, :, cut:], None, cache)
+        used = rows.branch_RP >= 0
+        (grad,) = torch.autograd.grad(whole[used].square().sum(), model.model.get_input_embeddings().weight)
+        torch.testing.assert_close(behind[used[:, cut:]], whole[:, cut:][used[:, cut:]], rtol=1e-4, atol=1e-4)
+        found.append((whole[used], grad))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.long

@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from geodistill.benchmark import data_wait, plain_loop
+from geodistill.benchmarks import compare
+from geodistill.benchmarks.data import data_wait, plain_loop
+from geodistill.benchmarks.operators import measure_operators, operators_table
+from geodistill.cli import JobFailed
+from geodistill.config import load
 from geodistill.data.record import ImageRecord, open_image
 from geodistill.data.stream import square
 
@@ -46,3 +50,43 @@ def test_an_unknown_measurement_is_refused():
     for arguments in ([], ["dta", "--config", "x"]):
         done = subprocess.run([sys.executable, JOB, *arguments], capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 2 and "the first argument is one of: data" in done.stderr
+
+
+def test_ratios_that_have_fallen_are_told(tmp_path, monkeypatch):
+    folder = tmp_path / "run/benchmark"
+    folder.mkdir(parents=True)
+    config = load(None, [f"run={tmp_path / 'run'}"])
+    with pytest.raises(ValueError, match="holds no ratios yet"):
+        compare.measure_compare(config)
+    cases = [
+        {"rival": "trl", "image_tokens": 256, "questions": 8, "ratio": 4.0},
+        {"rival": "trl", "image_tokens": 64, "questions": 1, "ratio": None},  # not measured
+    ]
+    (folder / "distill.json").write_text(json.dumps({"cases": cases}))
+    (folder / "loss.json").write_text(json.dumps({"ratios": {"loss: dense / ours, 2048 tokens": 1.2}}))
+    baseline = tmp_path / "benchmarks.json"
+    monkeypatch.setattr(compare, "BASELINE", baseline)
+    name = "distill: trl / ours, 256 image tokens, n=8"
+    baseline.write_text(json.dumps({name: 4.5, "loss: dense / ours, 2048 tokens": 1.3, "not run": 2.0}))
+    found = compare.measure_compare(config)
+    assert compare.fallen(found) == [] and "4.50  4.00" in compare.compare_table(found)
+    baseline.write_text(json.dumps({name: 6.0}))
+    with pytest.raises(JobFailed, match=f"1 of 2 ratios have fallen: {name}"):
+        compare.compare_table(compare.measure_compare(config))
+
+
+def test_the_committed_ratios_are_those_of_the_readme():
+    text = (JOB.parents[1] / "README.md").read_text()
+    committed = json.loads(compare.BASELINE.read_text())
+    assert committed and [name for name, value in committed.items() if f"{value:.2f}" not in text] == []
+
+
+def test_the_heaviest_operators_are_told(tmp_path):
+    sizes = [f"{role}.model.{key}=32" for role in ("teacher", "student") for key in ("hidden", "intermediate", "vision.hidden")]
+    found = measure_operators(
+        load(None, [f"run={tmp_path}", "plan.response_tokens=3", "distill.train.images_per_micro_batch=8", *sizes])
+    )
+    for part in ("rollout", "update"):
+        assert len(found[part]) == 11 and "aten::mm" in [one["name"] for one in found[part]]
+        assert 0.5 < sum(one["share"] for one in found[part]) <= 1.0001
+    assert "no operator" in operators_table(found)

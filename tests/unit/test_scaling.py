@@ -155,7 +155,7 @@ def test_the_job_tells_it(monkeypatch, capsys):
 
 def test_every_image_once_is_seen_and_told(monkeypatch):
     """Four groups of two images, two consumers with one group in each of three steps: the last is of the second epoch."""
-    from geodistill import consumers_benchmark as data
+    from geodistill.benchmarks import consumers as data
     from geodistill.config import TrainConfig
 
     every = [Group("a", i, 2) for i in range(4)]
@@ -175,7 +175,7 @@ def test_every_image_once_is_seen_and_told(monkeypatch):
 
 def test_what_is_measured_is_what_the_model_reads(tmp_path: Path, monkeypatch):
     """Two lines of each run behind the first: 16 images a step at 8 and 12 images/s with one worker and with two."""
-    from geodistill import scaling_benchmark as bench
+    from geodistill.benchmarks import scaling as bench
 
     config, stage = small(tmp_path / "run")
     lines = {1: [{"images_per_second": 8.0, "data_wait": 0.25}], 2: [{"images_per_second": 12.0, "data_wait": 0.5}]}
@@ -199,7 +199,7 @@ def test_what_is_measured_is_what_the_model_reads(tmp_path: Path, monkeypatch):
 def test_a_consumer_waits_for_its_micro_batches_and_sleeps_after_each_step(monkeypatch):
     import time
 
-    from geodistill import consumers_benchmark as data
+    from geodistill.benchmarks import consumers as data
     from geodistill.config import TrainConfig
     from geodistill.data.stream import PackerSpec
 

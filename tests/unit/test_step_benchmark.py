@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from geodistill.benchmarks.step import NO_GPU, REPEATS, Step, alone, measure_step, random_model, step_table
 from geodistill.config import Config, changed, keys, load, save
 from geodistill.models.cost import architecture
-from geodistill.step_benchmark import NO_GPU, REPEATS, Step, alone, measure_step, random_model, step_table
 from geodistill.train import plan
 from geodistill.train.stage import stages
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from geodistill.data.rows import PADDING, Responses, Rows, attends
-from geodistill.models.attention import attend_by, block_mask, by_sdpa
+from geodistill.models.attention import NAMES, attend_by, block_mask, by_sdpa
 from geodistill.models.vision import normalize
 
 # what a family writes around its image tokens, where its chat template does not
@@ -68,12 +68,12 @@ class RowModel(nn.Module):
 
     def __init__(self, model, align: nn.Module | None = None, freeze_tower: bool = True, vocabulary: int | None = None):
         super().__init__()
-        assert model.config._attn_implementation == "sdpa", "only SDPA reads a boolean row mask as a mask"
+        assert model.config._attn_implementation in ("sdpa", NAMES["sdpa"]), "only SDPA reads a boolean row mask as a mask"
         self.model = model
         self.align = align
         self.vocabulary = vocabulary
         self.takes_rows = True
-        self.attention = "sdpa"  # how whole rows are read, without a cache: sdpa or flex
+        self.attend_by("sdpa")
         self.tower_frozen = freeze_tower
         if freeze_tower:
             self._freeze()
@@ -153,7 +153,7 @@ class RowModel(nn.Module):
             embeds = embeds.masked_scatter(at_image, z_RND.to(embeds.dtype))
         mask = mask_R1QK if self.takes_rows else mask_R1QK.any(2)[:, 0].long()
         flex = self.attention == "flex" and cache is None
-        with nullcontext() if cache is None else by_sdpa(self.model):
+        with by_sdpa(self.model) if self.attention == "flex" and cache is not None else nullcontext():
             return language_model(self.model)(
                 inputs_embeds=embeds,
                 position_ids=self._places(position_RQ),

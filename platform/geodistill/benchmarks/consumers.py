@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 import ray
 
-from geodistill.benchmark import Watch, prepared_photos
+from geodistill.benchmarks.data import Watch, prepared_photos
 from geodistill.config import Config, TrainConfig
 from geodistill.data.shards import groups, load_manifest, read_group
 from geodistill.data.stream import PackerSpec, plan, stream

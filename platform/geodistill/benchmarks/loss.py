@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geodistill.benchmarks.step import device_of, now
 from geodistill.config import Config
 from geodistill.distill import losses
 from geodistill.evaluate.tables import Table
-from geodistill.step_benchmark import device_of, now
 
 TOKENS, VOCABULARY = (2048, 8192), 32000
 WIDTHS = {"cpu": (256, 512), "cuda": (4096, 5120)}  # of student and teacher

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from geodistill.benchmark import Watch, timed
+from geodistill.benchmarks.data import Watch, timed
 from geodistill.config import Config, changed
 from geodistill.data.prepare import prepare
 from geodistill.data.stream import PackerSpec, stream
