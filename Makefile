@@ -2,13 +2,14 @@
 # make demo-seeds    the same comparison over three seeds          make demo-teacher   make the shipped teacher again
 # make earthgpt      EarthGPT's tower and its two stages           make towers         the same with CLIP's tower, compared
 # make test          the tests                                     make lint           ruff and mypy
+# make bench         losses and a step against TRL's and MiniLLM's, compared with the committed ratios
 # make test-all      and the long ones: 10,000 images, every ZeRO stage, bf16, EarthGPT
 PYTHON ?= python3
 ARGS ?=
 export RAY_ADDRESS ?= local
 PY = .venv/bin/python
 
-.PHONY: demo demo-seeds demo-teacher earthgpt towers test test-all lint clean
+.PHONY: demo demo-seeds demo-teacher earthgpt towers bench test test-all lint clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed; try: make PYTHON=python3.11 $(MAKECMDGOALS)" if sys.version_info < (3, 11) else 0)'
@@ -38,6 +39,11 @@ earthgpt: .venv/installed
 
 towers: earthgpt
 	$(PY) jobs/towers.py --config configs/earthgpt.yaml $(ARGS)
+
+bench: .venv/installed
+	$(PY) jobs/benchmark.py loss --config configs/demo.yaml $(ARGS)
+	$(PY) jobs/benchmark.py distill quick --config configs/demo.yaml $(ARGS)
+	$(PY) jobs/benchmark.py compare --config configs/demo.yaml $(ARGS)
 
 test: .venv/installed
 	$(PY) -m pytest
