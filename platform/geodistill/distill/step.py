@@ -60,7 +60,8 @@ class Seen:
 class Distiller:
     """Teacher and student over one vocabulary. teacher None: only `sft` passes can be made.
 
-    forbidden: bool [V], tokens that no response may hold; end: the end token; chunk: logits that a loss has in hand at a time.
+    forbidden: bool [V], tokens that no response may hold; end: the end token; chunk: logits that a loss has in hand at a time;
+    fixed: as in `decode`.
     """
 
     def __init__(
@@ -73,10 +74,11 @@ class Distiller:
         limit: int,
         shared_tower: bool = False,
         chunk: int = losses.CHUNK,
+        fixed: bool | None = None,
     ):
         self.student, self.teacher, self.loss = student, teacher, loss
         self.forbidden, self.end, self.limit = forbidden, end, limit
-        self.shared_tower, self.chunk = shared_tower, chunk
+        self.shared_tower, self.chunk, self.fixed = shared_tower, chunk, fixed
 
     def _features(self, pixels: Any, for_teacher: bool) -> tuple[Tensor | None, Tensor | None]:
         """(student's, teacher's) tower features; a shared frozen tower runs once, and not at all where they are stored."""
@@ -106,6 +108,7 @@ class Distiller:
             temperature=self.loss.temperature,
             keep=0,
             generator=generator,
+            fixed=self.fixed,
         )
         responses = respond(rows, rollout.tokens_RnT, rollout.length_Rn)
         token, sequence, step = responses.flat

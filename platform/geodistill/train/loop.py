@@ -144,6 +144,7 @@ class Run:
             train.max_response,
             shared,
             config.cluster.loss_chunk,
+            fixed=False if config.cluster.zero_stage == 3 or config.cluster.shard_teacher else None,  # hooks cannot be recorded
         )
 
     def _read_images(self, student: RowModel, teacher: RowModel | None, tokenizer: str) -> None:
