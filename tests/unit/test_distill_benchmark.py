@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 
 import pytest
 import torch
-from conftest import sharpen
+from sharp import sharpen
 
 from geodistill.benchmarks import distill as distill_benchmark
 from geodistill.benchmarks.contestants import (
