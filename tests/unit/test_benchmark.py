@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from geodistill.benchmarks import compare
+from geodistill.benchmarks import compare, loss
 from geodistill.benchmarks.data import data_wait, plain_loop
 from geodistill.benchmarks.operators import measure_operators, operators_table
 from geodistill.cli import JobFailed
@@ -90,3 +90,15 @@ def test_the_heaviest_operators_are_told(tmp_path):
         assert len(found[part]) == 11 and "aten::mm" in [one["name"] for one in found[part]]
         assert 0.5 < sum(one["share"] for one in found[part]) <= 1.0001
     assert "no operator" in operators_table(found)
+
+
+def test_the_losses_are_measured_beside_a_dense_one(tmp_path, monkeypatch):
+    """Both find the same value; a pass of ours takes its memory; the table names the targets."""
+    monkeypatch.setattr(loss, "VOCABULARY", 500)
+    runs = {who: loss.passes(who, 300, "cpu") for who in ("ours", "dense")}
+    assert runs["ours"][0][2] == pytest.approx(runs["dense"][0][2], rel=1e-5)
+    assert all(seconds > 0 and extra >= 0 for seconds, extra, _ in runs["ours"])
+    one = {"seconds": 1.5, "extra_mb": 321.0, "value": 1.0}
+    found = {"device": "cpu", "vocabulary": 500, "widths": (256, 512), "ratios": {}}
+    table = loss.loss_table(found | {"who": {who: {"2048": one, "8192": one} for who in ("ours", "dense")}})
+    assert "321" in table and "ours <= 500 MB" in table and "trl is not installed" in table

@@ -149,7 +149,7 @@ def loss_table(found: dict[str, Any]) -> str:
             own = found["who"]["ours"][tokens]
             cells += [f"{one['seconds']:.2f}", f"{one['seconds'] / own['seconds']:.2f}", f"{one['extra_mb']:.0f}"]
         rows.append(cells)
-    columns = [("", "")] + [(f"{m} tokens", name) for m in TOKENS for name in ("seconds", "/ ours", "extra MB")]
+    columns = [(f"{m} tokens", name) for m in TOKENS for name in ("seconds", "/ ours", "extra MB")]
     note = f"V = {found['vocabulary']}, widths {found['widths']}. Targets: ours <= {MOST:.0f} MB at any M, dense / ours >= 1."
     note += "" if "trl" in found["who"] else " trl is not installed: pip install 'geodistill[bench]'."
     return Table(f"Loss on [responses, vocabulary], {found['device']}", columns, rows, note, label="").text()

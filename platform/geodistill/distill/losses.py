@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from geodistill.config import LossConfig
 
-CHUNK = 2**23  # logits of a chunk: 32 MiB in float32
+CHUNK = 12 * 2**20  # logits of a chunk: 48 MiB in float32, above the 32 MiB up to which glibc holds on to what is freed
 BLOCK = 2**18  # of which a CPU has in hand at a time: 1 MiB
 NEVER = -1e30  # the logit of a token that a response may not hold: its probability is 0, its log-probability finite
 
@@ -171,22 +171,22 @@ def at_once(
     weighs = torch.autograd.grad(objective(leaves), leaves, allow_unused=True, materialize_grads=True)
     used = [(k, weigh) for k, weigh in enumerate(weighs) if Terms._fields[k] in ("log_q", "reverse_kl", "forward_kl")]
     parts: list[Terms] = []
-    hiddens: list[Tensor] = []
+    gradient = torch.empty_like(hidden)
     totals = [torch.zeros_like(weight) for weight in weights]
-    cuts = (i.tensor_split(count) for i in (hidden.detach(), *inputs, *(weigh for _, weigh in used)))
-    for part, *rest in zip(*cuts, strict=True):
+    cuts = (i.tensor_split(count) for i in (gradient, hidden.detach(), *inputs, *(weigh for _, weigh in used)))
+    for place, part, *rest in zip(*cuts, strict=True):
         part.requires_grad_()
         terms = make(part, *rest[: len(inputs)])
         asked = [(terms[k], weigh) for (k, _), weigh in zip(used, rest[len(inputs) :], strict=True) if terms[k].requires_grad]
         own, *more = torch.autograd.grad([t for t, _ in asked], [part, *weights], [w.to(t.dtype) for t, w in asked])
-        hiddens.append(own)
+        place.copy_(own)
         for total, new in zip(totals, more, strict=True):
             total += new
         parts.append(Terms(*(term.detach() for term in terms)))
     terms = Terms(*(torch.cat(found) for found in zip(*parts, strict=True)))
     with torch.no_grad():
         value = objective(terms)
-    return _Ready.apply(value, [torch.cat(hiddens), *totals], hidden, *weights), terms
+    return _Ready.apply(value, [gradient, *totals], hidden, *weights), terms
 
 
 @dataclass
