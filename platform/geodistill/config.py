@@ -250,7 +250,7 @@ class ClusterConfig:
         "auto", "how updates read the mask of image rows: sdpa | flex (GPUs) | auto: whichever measures faster"
     )
     loss_chunk: int = option(
-        12 * 2**20, "logits (response tokens x vocabulary) that a loss has in hand; more come in turn, and again in backward", "logits"
+        12 * 2**20, "logits (response tokens x vocabulary) that a loss has in hand; more come in turn", "logits"
     )
     data_tasks: int = option(1, "Ray Data tasks that decode at once for one worker", "tasks")
     window: int = option(32, "micro-batches decoded at a time; two windows are in memory at most", "micro-batches")
