@@ -14,7 +14,6 @@ from geodistill.config import Config, TrainConfig
 from geodistill.data.features import Tower, to_tensor
 from geodistill.data.prepare import prepare
 from geodistill.data.stream import PackerSpec, stream
-from geodistill.distill import step
 from geodistill.language import IMAGE
 from geodistill.models.vision import new_tower
 
@@ -105,7 +104,7 @@ def test_the_stream_reads_the_features_of_the_images_that_it_would_show(job, con
     assert count == 8
 
 
-@pytest.mark.skipif(not hasattr(step, "Seen"), reason="step.Seen is what stored features are handed over as")
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_stages_learn_the_same_from_features_as_from_images(job, config):
     assert job()[0] == 0
