@@ -13,8 +13,8 @@ MORE = ("loss", "grad_norm", "validation_loss", "length", "reverse_kl", "align",
 STAGES = {
     0: (),
     1: (),
-    2: ("cluster.gradient_checkpointing=true",),
-    3: ("cluster.shard_teacher=true", "cluster.gradient_checkpointing=true"),
+    2: ("cluster.gradient_checkpointing=true", "cluster.loss_chunk=600000"),
+    3: ("cluster.shard_teacher=true", "cluster.gradient_checkpointing=true", "cluster.loss_chunk=600000"),
 }
 
 

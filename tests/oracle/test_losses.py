@@ -146,8 +146,8 @@ def test_gradients_that_are_made_at_once(chunks):
     inputs = [hidden, head.weight, head.bias]
     expected = objective(make(hidden, teacher, token))
     gradients = torch.autograd.grad(3 * expected, inputs)
-    guess = losses.Terms(*torch.zeros(6, len(token), dtype=torch.float64))
-    value, terms = losses.at_once(make, objective, guess, chunks, [head.weight, head.bias], hidden, teacher, token)
+    weighs = losses.derivatives(objective, losses.Terms(*torch.zeros(6, len(token), dtype=torch.float64)))
+    value, terms = losses.at_once(make, objective, weighs, chunks, [head.weight, head.bias], hidden, teacher, token)
     assert not any(term.requires_grad for term in terms)
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
     for found, wanted in zip(torch.autograd.grad(3 * value, inputs), gradients, strict=True):

@@ -164,13 +164,16 @@ def test_on_policy_pass(loss, pair, make_distiller, make_packer, questions, pixe
     assert item.guess is not None or loss.alpha in (0.0, 1.0)  # a model that did not write knows nothing
     distiller.on_policy_pass(pair[1], other, M, 32)[0].backward()
     twice = joined(trained(pair[1]))
+    sharded = replace(item, batch=replace(item.batch))  # as where the head's weights lie in shards
+    distiller.on_policy_pass(pair[1], sharded, M, 32, chunks=3)[0].backward()
+    in_shards = joined(trained(pair[1]))
     total, metrics = distiller.on_policy_pass(pair[1], item, M, 32)
     expected = (metrics["single"] + metrics["long"]) / M + loss.align * metrics["align"] / 32
     torch.testing.assert_close(total, expected)
     total.backward()
     gradients = trained(pair[1])
     assert all(g is not None and torch.isfinite(g).all() for g in gradients.values())
-    assert relative_error(joined(gradients), twice) <= 1e-5
+    assert max(relative_error(joined(gradients), other) for other in (twice, in_shards)) <= 1e-5
     assert gradients["align.weight"].abs().max() > 0 and gradients["model.lm_head.weight"].abs().max() > 0
     assert not any("vision_tower" in name for name in gradients)
     assert metrics["reverse_kl"] / M > 0.1 and 0 < item.length <= LIMIT and 0 <= item.finished <= 1

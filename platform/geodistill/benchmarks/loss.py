@@ -61,9 +61,9 @@ class Pass:
             return terms.reverse_kl.sum()
 
         count = losses.chunks_of(len(self.token), VOCABULARY)
-        guess = losses.Terms(*torch.zeros(6, len(self.token), device=self.device))
+        weighs = losses.derivatives(objective, losses.Terms(*torch.zeros(6, len(self.token), device=self.device)))
         inputs = self.hidden_q, self.hidden_p, self.token
-        return losses.at_once(make, objective, guess, count, [self.head_q], *inputs)[0]
+        return losses.at_once(make, objective, weighs, count, [self.head_q], *inputs)[0]
 
     def dense(self) -> Tensor:
         log_q = torch.log_softmax((self.hidden_q @ self.head_q.T).float(), -1)

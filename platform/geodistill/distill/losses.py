@@ -153,10 +153,24 @@ class _Ready(torch.autograd.Function):
         return None, None, *(known.mul_(grad) for known in ctx.saved_tensors)
 
 
+def derivatives(objective: Callable[[Terms], Tensor], guess: Terms) -> Terms:
+    """Of the objective by each of its terms at `guess`, [M] each: how much it weighs them."""
+    leaves = Terms(*(term.detach().requires_grad_() for term in guess))
+    return Terms(*torch.autograd.grad(objective(leaves), leaves, allow_unused=True, materialize_grads=True))
+
+
+def weighed(objective: Callable[[Terms], Tensor], terms: Terms, weighs: Terms) -> Tensor:
+    """objective(terms), with the gradient of the sum of its terms times `weighs`."""
+    with torch.no_grad():
+        value = objective(Terms(*(term.detach() for term in terms)))
+    sums = sum((weigh * term).sum() for weigh, term in zip(weighs, terms, strict=True) if term.requires_grad)
+    return value + (sums - sums.detach() if isinstance(sums, Tensor) else 0.0)
+
+
 def at_once(
     make: Callable[..., Terms],
     objective: Callable[[Terms], Tensor],
-    guess: Terms,
+    weighs: Terms,
     count: int,
     weights: list[Tensor],
     hidden: Tensor,
@@ -164,12 +178,10 @@ def at_once(
 ) -> tuple[Tensor, Terms]:
     """(objective(make(hidden, *inputs)), its terms without gradients), and the gradients of `hidden` and `weights` made at once.
 
-    The same memory as `in_chunks` without computing anything twice, where it is known before how the objective weighs each
-    term: its derivatives by the terms are taken at `guess`, and must not differ at the terms themselves.
+    The same memory and gradients as `weighed` of `in_chunks`, without computing anything twice. weighs: the derivatives of the
+    objective by each term, where they are known before.
     """
-    leaves = Terms(*(term.detach().requires_grad_() for term in guess))
-    weighs = torch.autograd.grad(objective(leaves), leaves, allow_unused=True, materialize_grads=True)
-    used = [(k, weigh) for k, weigh in enumerate(weighs) if Terms._fields[k] in ("log_q", "reverse_kl", "forward_kl")]
+    used = [(k, weighs[k]) for k, name in enumerate(Terms._fields) if name in ("log_q", "reverse_kl", "forward_kl")]
     parts: list[Terms] = []
     gradient = torch.empty_like(hidden)
     totals = [torch.zeros_like(weight) for weight in weights]

@@ -174,8 +174,8 @@ class Distiller:
     ) -> Callable[[Tensor], tuple[Tensor, losses.Terms]]:
         """What a forward pass does with its hidden states [M, D]: (value of `objective`, terms of the tokens).
 
-        guess: terms at which the objective has the derivatives that it has at the true ones; None: they are not known, or
-        the head's weights lie in shards (chunks > 0: as many of them), and so the logits are computed twice.
+        guess: terms at which the objective's derivatives are taken, those of the policy that wrote; None: they are not known.
+        chunks: 0, or how many at least where the head's weights lie in shards, and so logits are computed twice.
         """
         token = item.responses.flat[0]
         inputs = (token,) if item.kept is None else (token, item.kept)
@@ -183,11 +183,15 @@ class Distiller:
         make = partial(self._compare, method=method)
 
         def judge(hidden: Tensor) -> tuple[Tensor, losses.Terms]:
-            if guess is None or chunks or not torch.is_grad_enabled():
+            if guess is None or not torch.is_grad_enabled():
                 terms = losses.in_chunks(make, count, hidden, *inputs)
                 return objective(terms), terms
+            weighs = losses.derivatives(objective, guess)
+            if chunks:
+                terms = losses.in_chunks(make, count, hidden, *inputs)
+                return losses.weighed(objective, terms, weighs), terms
             weights = [w for w in self.student.head_weights() if w.requires_grad]
-            return losses.at_once(make, objective, guess, count, weights, hidden, *inputs)
+            return losses.at_once(make, objective, weighs, count, weights, hidden, *inputs)
 
         return judge
 

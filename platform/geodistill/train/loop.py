@@ -216,9 +216,9 @@ class Run:
         return engine.gathered(self.engine, self.teacher_in_shards)
 
     def chunks(self, items: list[int]) -> int:
-        """Chunks of the response tokens in every pass of a step where weights lie in shards: all workers must fetch the heads
-        equally often (collective there). 0: they do not. items: tokens of each pass."""
-        if self.engine.zero_optimization_stage() < 3 and self.teacher_in_shards is None:
+        """Chunks of the response tokens in every pass of a step where the student's weights lie in shards: all workers must fetch
+        its head equally often (collective there). 0: they do not. items: tokens of each pass."""
+        if self.engine.zero_optimization_stage() < 3:
             return 0
         agreed = torch.tensor(self.distiller.chunks(max(items)), device=self.device)
         dist.all_reduce(agreed, dist.ReduceOp.MAX)
@@ -346,16 +346,17 @@ def update(run: Run, passes: list[tuple[Callable[..., Tensor], Any]], report: Re
     """
     total, norm = torch.zeros((), dtype=torch.float64, device=run.device), 0.0
     run.engine.module.train()
-    for number, (make, item) in enumerate(passes):
-        torch.manual_seed(mixed_seed(run.config.seed, step, number * run.world + run.rank))  # dropout follows from the step alone
-        value = make(item)
-        total += value.detach()
-        run.engine.backward(value * (run.world * run.passes))
-        if number == len(passes) - 1:
-            dist.all_reduce(total)
-            _need_finite(total.item(), "the loss", run, step)
-            norm = engine.gradient_norm(run.engine)
-        run.engine.step()
+    with engine.whole(run.teacher_in_shards.head_weights() if run.teacher_in_shards is not None else []):
+        for number, (make, item) in enumerate(passes):
+            torch.manual_seed(mixed_seed(run.config.seed, step, number * run.world + run.rank))  # dropout follows from the step
+            value = make(item)
+            total += value.detach()
+            run.engine.backward(value * (run.world * run.passes))
+            if number == len(passes) - 1:
+                dist.all_reduce(total)
+                _need_finite(total.item(), "the loss", run, step)
+                norm = engine.gradient_norm(run.engine)
+            run.engine.step()
     if run.engine.zero_optimization_stage() > 0:
         norm = engine.gradient_norm(run.engine)
     _need_finite(norm, "the gradient norm", run, step)
