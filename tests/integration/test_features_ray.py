@@ -90,6 +90,7 @@ def test_the_job_makes_each_file_once_and_refuses_what_differs(job, config):
         assert code == 1 and reason in said, said
 
 
+@pytest.mark.long
 def test_the_stream_reads_the_features_of_the_images_that_it_would_show(job, config):
     assert job()[0] == 0
     spec = PackerSpec(f"{config.data.shards}/tokenizer", IMAGE, 16, 64, 200, 12)
