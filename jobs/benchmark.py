@@ -8,6 +8,7 @@ distill [quick|full]: rollout and update against TRL's DistillationTrainer (wher
 random weights: small models on one thread (or cluster.threads_per_worker), large ones with cluster.use_gpu=true; and a plot.
 scaling: images/s of distill.train with one worker and with two, and the rates that plan.py's table of more workers uses.
 consumers: the data plane under 8, 64 and 512 streams at once, which sleep in place of training.
+faults: what a killed worker, data task or driver, SIGTERM, a full disk ... cost a run, and whether it ends like an unbroken one.
 compare: the ratios of all that were measured beside those of README's Results; ends with 1 where one has fallen.
 """
 
@@ -19,8 +20,8 @@ from pathlib import Path
 from geodistill.cli import main
 from geodistill.config import Config
 
-NAMES = ("data", "step", "operators", "loss", "distill", "scaling", "consumers", "compare")
-WITH_RAY = ("data", "scaling", "consumers")
+NAMES = ("data", "step", "operators", "loss", "distill", "scaling", "consumers", "faults", "compare")
+WITH_RAY = ("data", "scaling", "consumers", "faults")
 
 
 def benchmark(config: Config, name: str, *words: str) -> None:

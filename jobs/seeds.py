@@ -23,7 +23,8 @@ def one_seed(config: Config, seed: int) -> dict[str, float]:
     from geodistill.train.trainer import fit
 
     run = f"{config.run}/seeds/{seed}"
-    one = replace(config, seed=seed, run=run, role="student")
+    checkpoints = config.checkpoints and f"{config.checkpoints}/seeds/{seed}"
+    one = replace(config, seed=seed, run=run, role="student", checkpoints=checkpoints)
     *warm, loop = stages(one, "distill")
     for stage in [*stages(one, "finetune"), *warm]:
         fit(one, stage)

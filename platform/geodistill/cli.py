@@ -10,6 +10,10 @@ class JobFailed(RuntimeError):
     """A job stopped on an error that its message explains to the user."""
 
 
+class JobStopped(JobFailed):
+    """A job ended before its work was done because it was told to; the same command goes on."""
+
+
 def settings(job: str, argv: list[str] | None = None) -> Config:
     """Parse `--config FILE [key=value ...]`; print help or the error and leave (0 or 2) where nothing can be run.
 
@@ -41,7 +45,8 @@ def main(
 ) -> None:
     """Run `check`, then `work`, with the settings of the command line, the latter in the cluster of this process or a local Ray.
 
-    Exit codes: 0 done; 1 data or training failed, with the reason on stderr; 2 wrong settings, before Ray starts.
+    Exit codes: 0 done; 1 data or training failed, with the reason on stderr; 2 wrong settings, before Ray starts; 3 stopped by
+    SIGTERM, with a checkpoint: the same command goes on.
     """
     config = settings(job)
     try:
@@ -53,4 +58,4 @@ def main(
         work(config)
     except (ValueError, OSError, JobFailed) as error:
         print(f"{job}: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
+        raise SystemExit(3 if isinstance(error, JobStopped) else 1) from error

@@ -152,6 +152,7 @@ class TrainConfig:
     keep: str = option("best", "which model is kept: best (lowest validation loss) | last (the on-policy loop: always the last)")
     validate_every: int = option(100, "steps between two passes over the validation split", "steps")
     checkpoint_every: int = option(100, "steps between two checkpoints", "steps")
+    keep_checkpoints: int = option(2, "checkpoints kept: the last ones; beside them that of the lowest validation loss")
 
 
 @dataclass
@@ -239,6 +240,9 @@ class EvaluateConfig:
 @dataclass
 class ClusterConfig:
     workers: int = option(1, "Ray Train workers", "processes")
+    min_workers: int = option(0, "go on with so many workers at least where a node is lost; 0: wait for all", "processes")
+    max_failures: int = option(3, "failures in a row, without a new checkpoint between them, after which a stage is given up")
+    wait: float = option(600.0, "how long to wait for workers after a failure", "s")
     cpus_per_worker: float = option(1.0, "logical CPUs that Ray reserves per worker", "CPUs")
     threads_per_worker: int = option(0, "torch threads per worker; 0: all cores / workers", "threads")
     use_gpu: bool = option(False, "one GPU per worker")
@@ -306,6 +310,9 @@ class Config:
     )
     features: str = option(
         "", "stored features of a frozen tower, which stages read in place of images (jobs/features.py); empty: none", "path"
+    )
+    checkpoints: str = option(
+        "", "folder, local or s3://, for checkpoints (below it one for each stage); empty: in each stage's folder", "path"
     )
     data: DataConfig = section(DataConfig, "from raw data to shards")
     tower: TowerConfig = section(TowerConfig, "dense pre-training of the demo's vision tower (jobs/pretrain.py)")
@@ -475,6 +482,12 @@ def validate(config: Config) -> None:
         config.cluster.attention != "flex" or config.cluster.use_gpu,
         "cluster.attention=flex needs GPUs (cluster.use_gpu=true): torch has no backward pass of FlexAttention on CPUs; use auto",
     )
+    cluster = config.cluster
+    need(
+        0 <= cluster.min_workers <= cluster.workers,
+        f"cluster.min_workers={cluster.min_workers} must lie between 0 and cluster.workers={cluster.workers}",
+    )
+    need(cluster.max_failures >= 0, f"cluster.max_failures={cluster.max_failures} must not be below 0")
     need(config.cluster.zero_stage in (0, 1, 2, 3), f"cluster.zero_stage={config.cluster.zero_stage}: use 0, 1, 2 or 3")
     need(config.distill.teacher_bits in (0, 4, 8), f"distill.teacher_bits={config.distill.teacher_bits}: use 0, 8 or 4")
     need(
@@ -612,7 +625,7 @@ def validate(config: Config) -> None:
             continue
         for key in (
             "images_per_step", "images_per_micro_batch", "questions_per_row", "max_response",
-            "log_every", "validate_every", "checkpoint_every",
+            "log_every", "validate_every", "checkpoint_every", "keep_checkpoints",
         ):  # fmt: skip
             need(getattr(train, key) >= 1, f"{name}.{key}={getattr(train, key)} must be at least 1")
         need(

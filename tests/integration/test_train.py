@@ -74,7 +74,7 @@ def test_nan_stops_the_run_and_keeps_the_last_checkpoint(first):
                       "student.train.steps=6")  # fmt: skip
     with pytest.raises(TrainingFailed, match=r"not finite at step \d; the checkpoint of step \d+ is kept"):
         train(config, "finetune")
-    assert list((run / "baseline/checkpoints").glob("step-00000*/engine"))
+    assert list((run / "baseline/checkpoints").glob("step-00000*/part-00000.json"))
 
 
 def test_a_finished_stage_is_skipped_and_other_settings_are_refused(first, capsys):

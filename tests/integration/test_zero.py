@@ -1,6 +1,5 @@
 """Two workers at every ZeRO stage, for twenty steps of the on-policy loop: the same figures, and the same after a restore."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -21,14 +20,9 @@ STAGES = {
 def rewind(folder: Path, step: int) -> None:
     """Leave a finished stage as if it had been killed behind the checkpoint of `step`."""
     (folder / "done.json").unlink()
-    file = folder / "checkpoints/checkpoint_manager_snapshot.json"
-    state = json.loads(file.read_text())
-    kept = [c for c in state["checkpoint_results"] if c["metrics"]["step"] <= step]
-    for gone in state["checkpoint_results"][len(kept) :]:
-        shutil.rmtree(folder / "checkpoints" / gone["checkpoint_dir_name"])
-    state |= {"checkpoint_results": kept, "latest_checkpoint_result": kept[-1], "current_report_index": len(kept)}
-    state["checkpoint_report_indices"] = state["checkpoint_report_indices"][: len(kept)]
-    file.write_text(json.dumps(state))
+    for checkpoint in (folder / "checkpoints").glob("step-*"):
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
 
 
 def adapters(first, run: Path, stage: int, *overrides: str) -> Path:

@@ -1,10 +1,13 @@
 """Folders, local or s3://, through pyarrow: every access to raw data and shards goes through here."""
 
+import errno
 import hashlib
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from pyarrow import fs
@@ -27,6 +30,22 @@ def open_folder(folder: str | Path, create: bool = False) -> fs.FileSystem:
     if create:
         found.create_dir(path, recursive=True)
     return fs.SubTreeFileSystem(path, found)
+
+
+def retried(work: Callable[[], Any], attempts: int = 6) -> Any:
+    """What `work` returns; again after a second, two, four ... where storage fails (OSError), up to `attempts` times.
+
+    Not where trying again cannot help: a missing file, no right to it, a full disk.
+    """
+    hopeless = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+    for attempt in range(attempts):
+        try:
+            return work()
+        except OSError as error:
+            if attempt == attempts - 1 or isinstance(error, hopeless) or error.errno == errno.ENOSPC:
+                raise
+            time.sleep(2.0**attempt)
+    raise AssertionError
 
 
 def exists(files: fs.FileSystem, name: str) -> bool:

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from geodistill.config import ClusterConfig, TrainConfig
 
@@ -110,3 +111,109 @@ def gradient_norm(engine) -> float:
     if engine.zero_optimization_stage() > 0:
         return float(engine.get_global_grad_norm() or 0.0)
     return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]).item()
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight
+
+
+def trainable(engine) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name, in the module's order."""
+    return {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+
+
+def read_state(engine, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """{"weight", *MOMENTS} of one parameter, whole and in float32, whatever the ZeRO stage (collective).
+
+    A moment is missing where no step was made yet.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    whole_one = _held_whole(engine, parameter)
+    if whole_one is not None:
+        kept = engine.basic_optimizer.state.get(whole_one, {})
+        return {"weight": whole_one.detach(), **{moment: kept[moment] for moment in MOMENTS if moment in kept}}
+    found = {"weight": safe_get_full_fp32_param(parameter)}
+    if steps_of(engine):
+        found |= {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
+    return found
+
+
+def write_state(engine, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
+    """Set what `read_state` gives, the weight that the model computes with included (collective; alike on every worker).
+
+    Its moments only after `begin_moments`.
+    """
+    whole_one = _held_whole(engine, parameter)
+    with torch.no_grad():
+        if whole_one is not None:
+            whole_one.copy_(state["weight"])
+            for moment in MOMENTS:
+                if moment in state:
+                    engine.basic_optimizer.state[whole_one][moment].copy_(state[moment])
+        else:
+            for key, value in state.items():
+                _write_part(parameter, value.to(engine.device).float(), None if key == "weight" else key)
+        if engine.zero_optimization_stage() < 3:
+            parameter.copy_(state["weight"])
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(state["weight"])
+
+
+def steps_of(engine) -> float:
+    """AdamW's own count of steps, that of its bias correction; 0 before the first."""
+    for flat in _flat_parameters(engine):
+        if "step" in engine.basic_optimizer.state.get(flat, {}):
+            return float(engine.basic_optimizer.state[flat]["step"])
+    return 0.0
+
+
+def begin_moments(engine, steps: float) -> None:
+    """Make AdamW's moments, zero, with `steps` steps counted: it makes them in its first step, too late for a resume."""
+    optimizer = engine.basic_optimizer
+    for flat in _flat_parameters(engine):
+        fused = engine.device.type == "cuda"  # torch wants the count of a fused optimizer beside its parameters
+        count = torch.tensor(steps, dtype=torch.float32, device=flat.device if fused else "cpu")
+        optimizer.state[flat] = {"step": count, **{moment: torch.zeros_like(flat.detach()) for moment in MOMENTS}}
+    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)  # ZeRO 1 and 2 find parts through it
+    if link is not None:
+        engine.optimizer._hp_optimizer_states_linked = False
+        link()
+
+
+def _flat_parameters(engine) -> list[Tensor]:
+    """The tensors that AdamW works on: a worker's flat parts with ZeRO, else one a parameter."""
+    if engine.zero_optimization_stage() == 3:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
+
+
+def _held_whole(engine, parameter: nn.Parameter) -> Tensor | None:
+    """Without ZeRO: the float32 tensor that AdamW works on for `parameter`; None with ZeRO."""
+    if engine.zero_optimization_stage() > 0:
+        return None
+    if engine.optimizer is engine.basic_optimizer:
+        return parameter
+    pairs = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
+    return next(exact for low, high in pairs for one, exact in zip(low, high, strict=True) if one is parameter)
+
+
+def _write_part(parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
+    """Set this worker's part of a float32 weight, or of one of its moments, from the whole."""
+    from deepspeed import utils
+
+    if not hasattr(parameter, "ds_id"):  # ZeRO 1 and 2
+        if moment is None:
+            utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, moment)
+        return
+    if moment is None:
+        held = utils.safe_get_local_fp32_param(parameter)
+    else:
+        held = utils.safe_get_local_optimizer_state(parameter, moment)
+    first = held.numel() * dist.get_rank()  # DeepSpeed's own setter does not know that the last part may be padded
+    mine = value.flatten()[first : first + held.numel()]
+    held.copy_(nn.functional.pad(mine, (0, held.numel() - mine.numel())).reshape(held.shape))

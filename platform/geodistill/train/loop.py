@@ -4,13 +4,14 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import ray.train
 import torch
 import torch.distributed as dist
@@ -26,14 +27,19 @@ from geodistill.models import assemble
 from geodistill.models.attention import faster
 from geodistill.models.row_model import RowModel, row_model
 from geodistill.models.tuning import merged_weights, tune
-from geodistill.train import checkpoint, engine
+from geodistill.train import engine
+from geodistill.train.checkpoint import Checkpoints
 from geodistill.train.plan import check_memory
 from geodistill.train.reporter import Reporter
-from geodistill.train.stage import Stage
+from geodistill.train.stage import Stage, checkpoints_of
 
 
 class NotFinite(RuntimeError):
     """Loss or gradient norm is NaN or infinite; the message says at which step and which checkpoint is left."""
+
+
+class Stopped(Exception):
+    """The run was told to stop in the middle of a step, which is dropped: its weights are still those of the step before."""
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
@@ -89,8 +95,9 @@ def align_map(config: Config, student, teacher) -> nn.Module | None:
 class Run:
     """One worker's models, engine and data, made once."""
 
-    def __init__(self, config: Config, stage: Stage):
-        self.config, self.stage, train = config, stage, stage.train
+    def __init__(self, job: dict):
+        self.config, self.stage, (self.notice,) = job["config"], job["stage"], job["notice"]
+        config, stage, train = self.config, self.stage, self.stage.train
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         here = context.get_local_world_size()
@@ -131,7 +138,10 @@ class Run:
         self.with_pretrain = on_policy and config.distill.loss.pretrain > 0
         self.passes = self.micros * (2 if self.with_pretrain else 1)
         self.engine = engine.start(student, train, config.cluster, self.passes)
-        self.progress = checkpoint.restore(self.engine)
+        here = stage.name, self.rank, self.world, self.device
+        self.checkpoints = Checkpoints(checkpoints_of(config, stage), job["identity"], *here, train.keep_checkpoints)
+        self.resume = self.checkpoints.restore(self.engine)
+        self.progress = self.resume.progress
         self.teacher_in_shards = frozen_teacher if config.cluster.shard_teacher else None
 
         forbidden = assemble.forbidden_tokens(tokenizer, vocabulary).to(self.device)
@@ -199,6 +209,14 @@ class Run:
             return rows, Seen(to_tensor(batch.features).to(self.device))
         return rows, self.distiller.student.prepare(torch.from_numpy(batch.pixels).to(self.device), self.stage.train.blind)
 
+    def need_on(self) -> None:
+        """Raise Stopped, on all workers, once rank 0 has got the notice to stop (collective)."""
+        told = self.rank == 0 and bool(ray.wait([self.notice], timeout=0)[0])
+        stop = torch.tensor(float(told), device=self.device)
+        dist.all_reduce(stop)
+        if stop:
+            raise Stopped
+
     def sampler(self, step: int, number: int) -> torch.Generator:
         """What samples the responses of this worker's micro-batch `number` of a step: the same whatever worker has it, and
         after a resume."""
@@ -231,52 +249,73 @@ class Run:
             assemble.save(self.model, self.processor, Path(self.stage.folder) / "model", weights)
 
 
-def worker(job: dict) -> None:
-    """What Ray Train runs on every worker. job: {"config": Config, "stage": Stage}."""
-    run = Run(job["config"], job["stage"])
+def worker(job: dict) -> dict[str, int]:
+    """What Ray Train runs on every worker. job: {"config": Config, "stage": Stage, "identity": of its settings, "notice": [a
+    reference that is ready once the run is told to stop]}. Returns {"step": updates made}, fewer than stage.train.steps where it
+    was."""
+    run = Run(job)
     train, progress = run.stage.train, run.progress
     batches = run.stream(train.splits, run.config.seed)
     corpus = run.stream(run.config.distill.pretrain_splits, run.config.seed + 10**6) if run.with_pretrain else iter(())
     validation = list(read_split(run.config, "val", run.spec, train.images_per_micro_batch, run.rank, run.world))
     exported = progress.step > 0 and (Path(run.stage.folder) / "model").exists()
-    report = Reporter(run.stage, progress, run.rank, run.device)
+    report = Reporter(run.stage, run.resume, run.rank, run.device)
+    saved = progress.step
 
     for step in range(progress.step, train.steps):
-        for group in run.engine.optimizer.param_groups:
-            group["lr"] = learning_rate(train, step)
-        fetched = time.time()
-        drawn = [next(batches) for _ in range(run.micros)]
-        drawn_pretrain = [next(corpus) for _ in range(run.micros)] if run.with_pretrain else []
-        report.waited += time.time() - fetched
-        for batch in [*drawn, *drawn_pretrain]:
-            report.reject(batch.rejected)
-
-        if train.method == "distill":
-            update_on_policy(run, drawn, drawn_pretrain, report, step)
-        else:
-            update_labelled(run, drawn, report, step)
-
-        done = step + 1
+        counted = report.state()
+        try:
+            one_step(run, batches, corpus, report, step)
+        except Stopped:
+            if saved < step:
+                progress.seconds = report.seconds
+                run.checkpoints.save(run.engine, progress, counted)
+            break
+        progress.step = done = step + 1
         last = done == train.steps
         if done % train.log_every == 0 or last:
             report.flush(done, {"learning_rate": learning_rate(train, step)})
         if done % train.validate_every == 0 or last:
-            value = validate(run, validation)
-            report.write({"step": done, "validation_loss": value})
-            if not run.stage.keep_best or value < progress.best or not exported:
+            progress.last = validate(run, validation)
+            report.write({"step": done, "validation_loss": progress.last})
+            if not run.stage.keep_best or progress.last < progress.best or not exported:
                 run.export()
                 exported = True
-            progress.best = min(progress.best, value)
+            progress.best = min(progress.best, progress.last)
         if done % train.checkpoint_every == 0 or last:
-            progress.step, progress.seconds = done, report.seconds
-            checkpoint.save(run.engine, progress, {"step": done, "best_validation_loss": progress.best})
+            progress.seconds = report.seconds
+            run.checkpoints.save(run.engine, progress, report.state())
+            saved = done
+    run.checkpoints.wait()
+    return {"step": progress.step}
+
+
+def one_step(run: Run, batches: Iterator[MicroBatch], corpus: Iterator[MicroBatch], report: Reporter, step: int) -> None:
+    """The data of a step and its update. Raises Stopped, NotFinite."""
+    train = run.stage.train
+    for group in run.engine.optimizer.param_groups:
+        group["lr"] = learning_rate(train, step)
+    fetched = time.time()
+    drawn = [next(batches) for _ in range(run.micros)]
+    drawn_pretrain = [next(corpus) for _ in range(run.micros)] if run.with_pretrain else []
+    report.waited += time.time() - fetched
+    for batch in [*drawn, *drawn_pretrain]:
+        report.reject(batch.rejected)
+        report.saw(batch.ids)
+    if train.method == "distill":
+        update_on_policy(run, drawn, drawn_pretrain, report, step)
+    else:
+        update_labelled(run, drawn, report, step)
 
 
 def update_on_policy(run: Run, drawn: list[MicroBatch], corpus: list[MicroBatch], report: Reporter, step: int) -> None:
     """One step of Table 1's loop: generate all responses of the step, count, then one backward per micro-batch."""
     loss, distiller = run.config.distill.loss, run.distiller
+    items = []
     with run.gathered():
-        items = [distiller.rollout(*run.rows(batch), run.sampler(step, number)) for number, batch in enumerate(drawn)]
+        for number, batch in enumerate(drawn):
+            run.need_on()
+            items.append(distiller.rollout(*run.rows(batch), run.sampler(step, number)))
         pretrain = [run.labelled(batch, with_teacher=loss.preset == "reference") for batch in corpus]
     report_padding(report, [*items, *pretrain])
     for item in items:
@@ -303,8 +342,8 @@ def update_on_policy(run: Run, drawn: list[MicroBatch], corpus: list[MicroBatch]
         report.add({"pretrain": metrics["cross_entropy"]}, item.tokens)
         return loss.pretrain * value
 
-    for _ in range(loss.updates_per_rollout):
-        update(run, [*((on_policy, i) for i in items), *((modelling, i) for i in pretrain)], report, step)
+    for number in range(loss.updates_per_rollout):
+        update(run, [*((on_policy, i) for i in items), *((modelling, i) for i in pretrain)], report, step, number)
 
 
 def update_labelled(run: Run, drawn: list[MicroBatch], report: Reporter, step: int) -> None:
@@ -338,16 +377,20 @@ def global_counts(run: Run, *counts: float) -> list[float]:
     return [max(c, 1.0) for c in total.tolist()]
 
 
-def update(run: Run, passes: list[tuple[Callable[..., Tensor], Any]], report: Reporter, step: int) -> None:
+def update(run: Run, passes: list[tuple[Callable[..., Tensor], Any]], report: Reporter, step: int, reuse: int = 0) -> None:
     """One backward per pass, then one optimizer step, unless any worker's loss is not finite (collective).
 
+    reuse: updates that this step has made before from the same rollout; behind the first one the step is not dropped.
+
     A pass returns its share of a loss that is divided by global counts already, so the averages that DeepSpeed takes over
-    passes and workers are multiplied back. Raises NotFinite.
+    passes and workers are multiplied back. Raises NotFinite, Stopped.
     """
     total, norm = torch.zeros((), dtype=torch.float64, device=run.device), 0.0
     run.engine.module.train()
     with engine.whole(run.teacher_in_shards.head_weights() if run.teacher_in_shards is not None else []):
         for number, (make, item) in enumerate(passes):
+            if reuse == 0:
+                run.need_on()
             torch.manual_seed(mixed_seed(run.config.seed, step, number * run.world + run.rank))  # dropout follows from the step
             value = make(item)
             total += value.detach()

@@ -3,6 +3,8 @@
 import json
 import resource
 import time
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,23 +12,25 @@ import torch.distributed as dist
 from tensorboardX import SummaryWriter
 from torch import Tensor
 
-from geodistill.train.checkpoint import Progress
+from geodistill.train.checkpoint import Resume
 from geodistill.train.stage import Stage
 
 
 class Reporter:
     """Means over tokens and workers; metrics.jsonl, TensorBoard, and a line of progress with rate and time left."""
 
-    def __init__(self, stage: Stage, start: Progress, rank: int, device: torch.device):
+    def __init__(self, stage: Stage, resume: Resume, rank: int, device: torch.device):
         self.stage, self.rank, self.device = stage, rank, device
+        start, kept = resume.progress, resume.metrics
         self.spent, self.began = start.seconds, time.time()
-        self.sums: dict[str, Tensor] = {}
-        self.waited, self.set_aside = 0.0, set[str]()
+        self.sums = {name: torch.tensor(pair, dtype=torch.float64) for name, pair in kept.get("sums", {}).items()}
+        self.images, self.set_aside = kept.get("images", 0), set[str](kept.get("set_aside", []))
+        self.waited = 0.0
         self.last = (start.step, time.time())
         if rank == 0:
             path = Path(stage.folder) / "metrics.jsonl"
-            kept = path.read_text().splitlines(keepends=True) if path.exists() else []
-            whole = [line for line in kept if line.endswith("\n")]  # a killed run may leave half a line
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half a line
             path.write_text("".join(line for line in whole if json.loads(line)["step"] <= start.step))
             self.file = path.open("a")
             self.board = SummaryWriter(str(Path(stage.folder) / "tensorboard"), purge_step=start.step + 1)
@@ -43,6 +47,16 @@ class Reporter:
             )
             self.sums[name] = self.sums.get(name, torch.zeros(2, dtype=torch.float64)) + pair
 
+    def state(self) -> dict:
+        """What a resume needs, so that the next line of metrics is that of an unbroken run: sums since the last one."""
+        sums = {name: pair.tolist() for name, pair in self.sums.items()}
+        return {"sums": sums, "images": self.images, "set_aside": sorted(self.set_aside)}
+
+    def saw(self, ids: Sequence[str]) -> None:
+        """Note the images that a step learns from: `images`, the sum of the CRC-32 of their names, tells whether two runs saw
+        the same ones between two lines of metrics, whatever their workers."""
+        self.images += sum(zlib.crc32(name.encode()) for name in ids)
+
     def reject(self, reasons: list[str]) -> None:
         """Count what the stream set aside on this worker; say the first one."""
         if reasons and not self.set_aside:
@@ -51,8 +65,9 @@ class Reporter:
 
     def flush(self, step: int, extra: dict[str, float]) -> None:
         """Average over all workers (collective), write and print."""
-        count = torch.tensor(float(len(self.set_aside)))
-        self.add({"set_aside": count}, 1 / dist.get_world_size())  # over all workers a sum, not a mean
+        counts = {"set_aside": len(self.set_aside), "images": self.images}
+        sums = {name: torch.tensor(float(count), dtype=torch.float64) for name, count in counts.items()}
+        self.add(sums, 1 / dist.get_world_size())  # over all workers a sum, not a mean
         names = sorted(self.sums)
         values = torch.stack([self.sums[name] for name in names]).to(self.device)
         dist.all_reduce(values)
@@ -64,7 +79,7 @@ class Reporter:
         gpu = self.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated() if gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         row["peak_memory_gib"] = peak / 2**30
-        self.sums, self.waited, self.last = {}, 0.0, (step, time.time())
+        self.sums, self.images, self.waited, self.last = {}, 0, 0.0, (step, time.time())
         if self.rank == 0:
             left = (self.stage.train.steps - step) * seconds / max(steps, 1)
             shown = [f"{k} {row[k]:.3f}" for k in ("loss", "reverse_kl", "reward", "length", "agreement") if k in row]

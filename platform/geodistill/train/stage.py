@@ -23,6 +23,11 @@ class Stage:
         return self.train.keep == "best" and self.train.method != "distill"
 
 
+def checkpoints_of(config: Config, stage: Stage) -> str:
+    """The folder of a stage's checkpoints, local or s3://."""
+    return f"{config.checkpoints}/{stage.name}" if config.checkpoints else f"{stage.folder}/checkpoints"
+
+
 def stages(config: Config, job: str) -> list[Stage]:
     """What a job trains. job: finetune (by config.role) or distill (Table 1: warm start, then the loop)."""
     run = Path(config.run)

@@ -1,34 +1,37 @@
 """fit: one training stage as a Ray TorchTrainer, skipped where it is finished, resumed where it was interrupted."""
 
+import asyncio
+import hashlib
 import json
+import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, cast
 
 import ray
-from ray.train import CheckpointConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
-from geodistill.cli import JobFailed
-from geodistill.config import Config, ModelConfig, TrainConfig, save
+from geodistill.cli import JobFailed, JobStopped
+from geodistill.config import ClusterConfig, Config, ModelConfig, TrainConfig, save
 from geodistill.data.features import load_features
 from geodistill.data.shards import load_manifest
 from geodistill.models import assemble
 from geodistill.models.pair import check_stage_pair
-from geodistill.train.stage import Stage
+from geodistill.train.checkpoint import newest_step
+from geodistill.train.stage import Stage, checkpoints_of
 
 
 class TrainingFailed(JobFailed):
     """A stage stopped on an error of a worker; the message is the worker's."""
 
 
-def _last_line(error: BaseException) -> str:
-    """The message of an error that Ray has wrapped, without its traceback."""
-    cause = getattr(error, "cause", None) or error
-    return str(cause).strip().splitlines()[-1]
-
-
-REPORTING = ("log_every", "validate_every", "checkpoint_every")  # may differ between two runs of the same command
+# may differ between two runs of the same command
+REPORTING = ("log_every", "validate_every", "checkpoint_every", "keep_checkpoints")
 REMEDIES = ("train.learning_rate", "train.max_grad_norm")  # may be lowered to go on after a loss that was not finite
 
 
@@ -41,7 +44,7 @@ def settings_of(config: Config, stage: Stage) -> dict:
     splits = {*stage.train.splits, "val", *(config.distill.pretrain_splits if stage.train.method == "distill" else ())}
     manifest = load_manifest(config.data.shards)["splits"]
     found["shards"] = [shard["sha256"] for split in sorted(splits & manifest.keys()) for shard in manifest[split]["shards"]]
-    found["cluster"] = {key: getattr(config.cluster, key) for key in ("workers", "precision", "zero_stage")}
+    found["cluster"] = {"precision": config.cluster.precision}  # not workers and zero_stage: they learn the same
     if config.image_size:
         found["image_size"] = config.image_size
     if stage.teacher:
@@ -85,21 +88,35 @@ def is_finished(folder: Path, settings: dict) -> bool:
     if done.is_file():
         _need_same(folder, "finished", json.loads(done.read_text())["settings"], settings)
         return True
-    if begun.is_file() and (folder / "checkpoints").exists():
+    if begun.is_file() and (folder / "ray").exists():
         _need_same(folder, "begun", json.loads(begun.read_text()), settings, REMEDIES)
     return False
 
 
-def check_resources(config: Config) -> None:
-    """Raise ValueError where Ray could only wait for ever: fewer CPUs or GPUs than workers and data tasks need."""
+def workers_that_fit(cluster: ClusterConfig, train: TrainConfig, have: dict[str, float]) -> int:
+    """The most workers, from cluster.min_workers (0: all) to cluster.workers, that the resources `have` hold beside half a CPU
+    for data, and among whom the micro-batches of a step can be divided; 0 where there are none."""
+    for workers in range(cluster.workers, (cluster.min_workers or cluster.workers) - 1, -1):
+        enough = have.get("CPU", 0) >= workers * cluster.cpus_per_worker + 0.5
+        enough &= not cluster.use_gpu or have.get("GPU", 0) >= workers
+        if enough and train.images_per_step % (train.images_per_micro_batch * workers) == 0:
+            return workers
+    return 0
+
+
+def check_resources(config: Config, train: TrainConfig) -> int:
+    """The number of workers to begin with. Raises ValueError where Ray could only wait for ever."""
     cluster, have = config.cluster, ray.cluster_resources()
-    need = {"CPU": cluster.workers * cluster.cpus_per_worker + 0.5, "GPU": cluster.workers if cluster.use_gpu else 0}
-    for kind, amount in need.items():
-        if have.get(kind, 0) < amount:
-            raise ValueError(
-                f"cluster.workers={cluster.workers} needs {amount:g} {kind}s (0.5 CPU of it for data), but this Ray has "
-                f"{have.get(kind, 0):g}; lower cluster.workers, cluster.cpus_per_worker or set cluster.use_gpu=false"
-            )
+    workers = workers_that_fit(cluster, train, have)
+    if workers == 0:
+        least = cluster.min_workers or cluster.workers
+        need = f"{least * cluster.cpus_per_worker + 0.5:g} CPUs (0.5 CPU of it for data)"
+        need += f" and {least} GPUs" if cluster.use_gpu else ""
+        raise ValueError(
+            f"cluster.workers={cluster.workers} needs at least {need}, but this Ray has {have.get('CPU', 0):g} CPUs and "
+            f"{have.get('GPU', 0):g} GPUs; lower cluster.workers, cluster.cpus_per_worker or set cluster.use_gpu=false"
+        )
+    return workers
 
 
 def check_stage(config: Config, stage: Stage) -> None:
@@ -118,8 +135,51 @@ def check_stage(config: Config, stage: Stage) -> None:
     check_stage_pair(config, stage)
 
 
-def fit(config: Config, stage: Stage) -> None:
-    """Train one stage to its end. Raises ValueError for what the user can mend, TrainingFailed for what broke on the way."""
+class Notice:
+    """An actor that tells the workers of a stage that it shall stop."""
+
+    def __init__(self) -> None:
+        self.given = asyncio.Event()
+
+    async def give(self) -> None:
+        self.given.set()
+
+    async def wait(self) -> None:
+        await self.given.wait()
+
+
+@contextmanager
+def _stop_at_sigterm(notice) -> Iterator[None]:
+    """Inside: SIGTERM to this process has the workers make a checkpoint and stop, in place of ending the process at once."""
+    if threading.current_thread() is not threading.main_thread():  # Python has signals for the main thread alone
+        yield
+        return
+    told, ended = threading.Event(), threading.Event()
+
+    def tell() -> None:
+        told.wait()
+        if not ended.is_set():
+            print("SIGTERM: the workers make a checkpoint and stop", flush=True)
+            notice.give.remote()
+
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        ended.set()
+        told.set()
+        teller.join()
+
+
+def fit(config: Config, stage: Stage, work: Callable[[dict], dict] | None = None) -> None:
+    """Train one stage to its end, on fewer workers and again where some are lost (cluster.min_workers, cluster.max_failures).
+
+    work: what every worker runs in place of loop.worker (faults are injected through it). Raises ValueError for what the user can
+    mend, TrainingFailed for what broke on the way, JobStopped after SIGTERM.
+    """
     folder = Path(stage.folder)
     config = replace(config, data=replace(config.data, shards=stage.train.shards or config.data.shards))
     check_stage(config, stage)
@@ -127,34 +187,101 @@ def fit(config: Config, stage: Stage) -> None:
     if is_finished(folder, settings):
         print(f"[{stage.name}] finished before, in {folder}", flush=True)
         return
-    check_resources(config)
+    workers = check_resources(config, stage.train)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "settings.json").write_text(json.dumps(settings, indent=1))
     save(config, folder / "config.yaml")
-    began = time.time()
-    cluster = config.cluster
-
-    def work(job: dict) -> None:  # imports in the workers alone: Ray's controller would wait for transformers too
-        from geodistill.train.loop import worker
-
-        worker(job)
-
-    trainer = TorchTrainer(
-        work,
-        train_loop_config={"config": config, "stage": stage},
-        scaling_config=ScalingConfig(
-            num_workers=cluster.workers,
-            use_gpu=cluster.use_gpu,
-            resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.use_gpu else {})},
-        ),
-        run_config=RunConfig(name="checkpoints", storage_path=str(folder), checkpoint_config=CheckpointConfig(num_to_keep=2)),
-    )
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        failures = getattr(error, "worker_failures", {}) or {0: error}
-        cause = next(iter(failures.values()))
-        raise TrainingFailed(f"[{stage.name}] {_last_line(cause)}") from error
+    where = checkpoints_of(config, stage)
+    kept = {k: v for k, v in _flatten(settings).items() if k not in REMEDIES}
+    identity = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    began, at, failures = time.time(), newest_step(where), 0
+    notice = ray.remote(num_cpus=0)(Notice).remote()
+    with _stop_at_sigterm(notice):
+        while True:
+            try:
+                step = _attempt(config, stage, identity, workers, work or _worker, notice)["step"]
+                break
+            except TrainingFailedError as error:
+                reason = reason_of(error)
+                now = newest_step(where)
+                failures = 1 if now > at else failures + 1
+                at = now
+                limit = retries(reason, config.cluster.max_failures)
+                if failures > limit:
+                    raise TrainingFailed(f"[{stage.name}] {_last_line(reason)}") from error
+                print(
+                    f"[{stage.name}] {_last_line(reason)} - goes on from step {at} (failure {failures} of {limit} without a new "
+                    "checkpoint)",
+                    flush=True,
+                )
+                workers = _wait_for_workers(config, stage)
+    if step < stage.train.steps:
+        raise JobStopped(f"[{stage.name}] stopped at step {step} of {stage.train.steps}; run the same command again to go on")
     seconds = time.time() - began
     (folder / "done.json").write_text(json.dumps({"seconds": seconds, "settings": settings}, indent=1))
     print(f"[{stage.name}] done in {seconds:.0f} s: {folder}/model", flush=True)
+
+
+def _worker(job: dict) -> dict:
+    from geodistill.train.loop import worker  # in the workers alone: Ray's controller would wait for transformers too
+
+    return worker(job)
+
+
+def _attempt(config: Config, stage: Stage, identity: str, workers: int, work: Callable[[dict], dict], notice) -> dict:
+    """What rank 0 returns. identity: a digest of what decides the outcome, in which a checkpoint must agree."""
+    cluster = config.cluster
+    config = replace(config, cluster=replace(cluster, workers=workers))
+    # the reference is in a list, or Ray would wait for it before the workers start
+    job = {"config": config, "stage": stage, "identity": identity, "notice": [notice.wait.remote()]}
+    trainer = TorchTrainer(
+        cast(Callable, work),
+        train_loop_config=job,
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=cluster.use_gpu,
+            resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.use_gpu else {})},
+        ),
+        run_config=RunConfig(name="ray", storage_path=stage.folder),
+    )
+    return cast(Any, trainer.fit()).return_value
+
+
+def reason_of(error: BaseException) -> BaseException:
+    """What stopped the workers: of several errors one of ours, for a worker whose neighbour is gone fails as well."""
+    causes = [getattr(cause, "_base_exc", cause) for cause in (getattr(error, "worker_failures", None) or {0: error}).values()]
+    return next((cause for cause in causes if _is_ours(cause)), causes[0])
+
+
+def _is_ours(cause: BaseException) -> bool:
+    return isinstance(cause, (ValueError, OSError)) or type(cause).__name__ == "NotFinite"
+
+
+def retries(reason: BaseException, limit: int) -> int:
+    """How often in a row, without a new checkpoint, a stage begins again after `reason`: not after an error that comes back, once
+    after a figure that was not finite (a machine may have erred), else `limit` times."""
+    if type(reason).__name__ == "NotFinite":
+        return min(1, limit)
+    return 0 if _is_ours(reason) else limit
+
+
+def _last_line(error: BaseException) -> str:
+    if isinstance(error, ray.exceptions.RayActorError):
+        return "a worker died: it was killed, ran out of memory, or its node was lost"
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
+
+
+def _wait_for_workers(config: Config, stage: Stage) -> int:
+    """The number of workers to go on with; waits up to cluster.wait seconds for what a lost node held."""
+    until, told = time.time() + config.cluster.wait, False
+    while not (workers := workers_that_fit(config.cluster, stage.train, ray.cluster_resources())):
+        if time.time() > until:
+            return check_resources(config, stage.train)
+        if not told:
+            print(f"[{stage.name}] waits up to {config.cluster.wait:.0f} s for workers", flush=True)
+            told = True
+        time.sleep(1)
+    if workers < config.cluster.workers:
+        print(f"[{stage.name}] goes on with {workers} of {config.cluster.workers} workers", flush=True)
+    return workers
