@@ -261,6 +261,24 @@ class ClusterConfig:
 
 
 @dataclass
+class SweepConfig:
+    space: dict[str, str] = field(
+        default_factory=lambda: {"distill.loss.alpha": "0 | 0.2 | 0.5", "distill.loss.temperature": "0.7 | 1 | 1.5"},
+        metadata={"help": "key -> values, A | B | C, or a range, LOW .. HIGH or LOW .. HIGH log", "unit": ""},
+    )
+    search: str = option("grid", "grid: every combination of values | random | optuna")
+    trials: int = option(12, "random, optuna: how many", "trials")
+    scheduler: str = option("asha", "asha: stop the worse ones early | none")
+    grace: int = option(100, "asha: updates of distill.train before a trial may be stopped; it is asked at validations", "steps")
+    reduction: float = option(3.0, "asha: one of so many goes on at each rung")
+    metric: str = option(
+        "validation_loss", "what is compared: validation_loss, reverse_kl, agreement or another figure of metrics.jsonl"
+    )
+    mode: str = option("min", "min | max: is less or more of it better?")
+    at_once: int = option(0, "trials beside each other; 0: as many as the cluster holds", "trials")
+
+
+@dataclass
 class PlanConfig:
     gpu: str = option("A100-80", f"card to plan for: {', '.join(GPUS)}")
     memory: float = option(0.0, "its memory, where it is another; 0: that of the card", "GiB")
@@ -321,7 +339,51 @@ class Config:
     distill: DistillConfig = section(DistillConfig, "distillation")
     evaluate: EvaluateConfig = section(EvaluateConfig, "evaluation and report")
     cluster: ClusterConfig = section(ClusterConfig, "processes, precision, ZeRO")
+    sweep: SweepConfig = section(SweepConfig, "what jobs/sweep.py tries")
+    resume: bool = option(False, "sweep: go on with one that was interrupted")
     plan: PlanConfig = section(PlanConfig, "what jobs/plan.py reckons with")
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The values that a setting is tried with: a list of them, or a range."""
+
+    values: tuple[Any, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+
+
+def search_space(space: dict[str, str]) -> dict[str, Domain]:
+    """sweep.space, read: "A | B | C", "LOW .. HIGH" or "LOW .. HIGH log". Raises ConfigError with the key and the remedy."""
+    known = [name for name, *_ in keys()]
+    found = {}
+    for key, text in space.items():
+        if key not in known or not key.startswith(("distill.", "student.", "seed")):
+            near = difflib.get_close_matches(key, [name for name in known if name.startswith("distill.")], n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"sweep.space: {key!r} is no key of distill or student that could be swept{hint}")
+        if ".." not in text:
+            found[key] = Domain(tuple(_value(part) for part in text.split("|")))
+            continue
+        ends, _, kind = text.strip().partition(" log")
+        try:
+            low, high = (float(part) for part in ends.split(".. ") if part)
+        except ValueError:
+            low = high = 0.0
+        if kind.strip() or not low < high or (" log" in text and low <= 0):
+            raise ConfigError(f"sweep.space: {key}={text!r} is no range; write LOW .. HIGH, or LOW .. HIGH log with LOW above 0")
+        found[key] = Domain(low=low, high=high, log=" log" in text)
+    return found
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text.strip(), text.strip())
 
 
 def keys(kind: type = Config, prefix: str = "") -> list[tuple[str, str, Any, str, str]]:
@@ -365,7 +427,7 @@ def _resolved(tree: Any, parts: list[DictConfig], overrides: list[str], file: st
     try:
         for part, texts in [*((part, None) for part in parts), (OmegaConf.from_dotlist(given), given)]:
             _need_groups(part)
-            for name in ("evaluate.models", "ablation"):
+            for name in ("evaluate.models", "ablation", "sweep.space"):
                 # those of a file, or of NAME={...}, take the place of what was; NAME.KEY=... adds one
                 whole = texts is None or any(text.startswith(f"{name}=") for text in texts)
                 if whole and OmegaConf.select(part, name) is not None:
@@ -495,6 +557,20 @@ def validate(config: Config) -> None:
         f"distill.teacher_bits={config.distill.teacher_bits} and cluster.shard_teacher=true exclude each other: quantised "
         "weights cannot be gathered; set one of them",
     )
+    sweep, space = config.sweep, search_space(config.sweep.space)
+    one_of("sweep.search", sweep.search, ("grid", "random", "optuna"))
+    one_of("sweep.scheduler", sweep.scheduler, ("asha", "none"))
+    one_of("sweep.mode", sweep.mode, ("min", "max"))
+    need(bool(space), "sweep.space is empty; name one setting at least, such as sweep.space={distill.loss.alpha: 0 | 0.2}")
+    ranges = [key for key, domain in space.items() if not domain.values]
+    need(
+        sweep.search != "grid" or not ranges,
+        f"sweep.search=grid needs values, but {', '.join(ranges)} in sweep.space is a range; write A | B | C, or set "
+        "sweep.search=random",
+    )
+    need(sweep.trials >= 1 and sweep.grace >= 1, "sweep.trials and sweep.grace must be at least 1")
+    need(sweep.reduction > 1, f"sweep.reduction={sweep.reduction} must be above 1")
+    need(sweep.at_once >= 0, f"sweep.at_once={sweep.at_once} must not be below 0")
     one_of("plan.gpu", config.plan.gpu, GPUS)
     for name in ("matmul_share", "bandwidth_share"):
         need(0 < getattr(config.plan, name) <= 1, f"plan.{name}={getattr(config.plan, name)} must lie above 0 and not above 1")

@@ -2,7 +2,7 @@
 
 The stage is distill.train as jobs/distill.py runs it, for STEPS steps with a checkpoint every INTERVAL; its data, teacher and
 warm start are the run's. Faults inside a worker are injected by `faulty`, which Ray Train runs in place of the loop and which
-breaks it once; the others from outside. Lost: steps that were made again. Seconds: from the fault to the start of the next step.
+breaks it once; the others from outside. Lost: finished steps that were made again. Seconds: from the fault to the next step.
 """
 
 import json
@@ -120,11 +120,11 @@ def trace(folder: Path) -> list[dict]:
 
 
 def cost(folder: Path) -> dict[str, float]:
-    """Steps that were made again, and seconds from the fault to the next step."""
+    """Finished steps that were made again, and seconds from the fault to the next step."""
     steps, fault = trace(folder), json.loads((folder / "fault.json").read_text())
     begun = [row["step"] for row in steps if row["time"] <= fault["time"]]
     after = [row for row in steps if row["time"] > fault["time"]]
-    return {"lost": max(0, max(begun) + 1 - after[0]["step"]), "seconds": after[0]["time"] - fault["time"]}
+    return {"lost": max(0, max(begun) - after[0]["step"]), "seconds": after[0]["time"] - fault["time"]}
 
 
 def ending(unbroken: Path, folder: Path) -> dict:

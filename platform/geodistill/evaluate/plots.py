@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from geodistill.evaluate.metrics import OTHER, SUMMARY, columns
@@ -63,7 +64,7 @@ def _points(rows: list[dict], key: str) -> tuple[list[float], list[float]]:
 
 def stage_figure(rows: list[dict]) -> Figure | None:
     """Small multiples of one stage: a panel per metric that occurs. None if there is nothing to draw."""
-    keys = [*CURVES, *sorted({k for row in rows for k in row} - set(CURVES) - {"step"})]
+    keys = [*CURVES, *sorted({k for row in rows for k in row} - set(CURVES) - {"step", "images"})]
     panels = [(key, *points) for key in keys if (points := _points(rows, key))[0]]
     if not panels:
         return None
@@ -129,6 +130,57 @@ def bars_figure(scores: dict[str, dict]) -> Figure:
     ax.tick_params(axis="x", length=0)
     ax.grid(axis="x", visible=False)
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, borderaxespad=0)
+    return figure
+
+
+def heat_map(axes: dict[str, tuple], points: list[tuple[dict, float]], metric: str) -> Figure:
+    """`metric` over two swept settings. axes: key -> its values; points: (key -> value, metric) of each trial."""
+    (across, columns_), (down, rows) = axes.items()
+    cells = np.full((len(rows), len(columns_)), np.nan)
+    for values, value in points:
+        cells[rows.index(values[down]), columns_.index(values[across])] = value
+    figure = Figure(figsize=(1.1 * len(columns_) + 2.2, 0.7 * len(rows) + 1.4), layout="constrained")
+    ax = figure.subplots()
+    mesh = ax.pcolormesh(cells, cmap="viridis")
+    ax.set_xticks(np.arange(len(columns_)) + 0.5, [f"{v}" for v in columns_])
+    ax.set_yticks(np.arange(len(rows)) + 0.5, [f"{v}" for v in rows])
+    ax.set(xlabel=across, ylabel=down)
+    ax.tick_params(length=0)
+    ax.grid(False)
+    middle = (np.nanmin(cells) + np.nanmax(cells)) / 2
+    for (i, j), value in np.ndenumerate(cells):
+        if math.isfinite(value):
+            ax.text(j + 0.5, i + 0.5, f"{value:.4g}", ha="center", va="center", color="white" if value < middle else "black")
+    figure.colorbar(mesh, ax=ax, label=metric)
+    return figure
+
+
+def parallel_coordinates(axes: list[tuple[str, bool]], points: list[tuple[dict, float]], metric: str) -> Figure:
+    """A line for each trial over its settings and, last, `metric`. axes: (key, is its scale logarithmic?)."""
+    columns_ = [([values[key] for values, _ in points], log) for key, log in axes] + [([value for _, value in points], False)]
+    figure = Figure(figsize=(2.2 * len(columns_) + 1, 3.6), layout="constrained")
+    ax = figure.subplots()
+    heights = []
+    for place, (values, log) in enumerate(columns_):
+        names = sorted(set(values), key=str) if any(isinstance(v, str | bool) for v in values) else []
+        numbers = np.array([names.index(v) for v in values] if names else values, float)
+        scaled = np.log(numbers) if log else numbers
+        low, high = scaled.min(), scaled.max()
+        heights.append((scaled - low) / (high - low) if high > low else np.full(len(values), 0.5))
+        ax.axvline(place, color="#8a9099", lw=1)
+        ends = (
+            ((names[0], -0.06), (names[-1], 1.03)) if names else ((f"{numbers.min():.4g}", -0.06), (f"{numbers.max():.4g}", 1.03))
+        )
+        for text, y in ends:
+            ax.text(place, y, text, ha="center", fontsize=8)
+    best_first = np.argsort(heights[-1])
+    colors = colormaps["viridis_r"](np.linspace(0.05, 1, max(2, len(points))))
+    for rank, i in reversed(list(enumerate(best_first))):
+        ax.plot(range(len(columns_)), [h[i] for h in heights], color=colors[-1 - rank], lw=1.6, alpha=0.85)
+    ax.set_xticks(range(len(columns_)), [*(key.rsplit(".", 1)[-1] for key, _ in axes), metric])
+    ax.set_yticks([])
+    ax.set_ylim(-0.1, 1.1)
+    ax.grid(False)
     return figure
 
 

@@ -277,7 +277,9 @@ def worker(job: dict) -> dict[str, int]:
             report.flush(done, {"learning_rate": learning_rate(train, step)})
         if done % train.validate_every == 0 or last:
             progress.last = validate(run, validation)
-            report.write({"step": done, "validation_loss": progress.last})
+            row = {"step": done, "validation_loss": progress.last}
+            report.write(row)
+            ray.train.report(report.row | row)
             if not run.stage.keep_best or progress.last < progress.best or not exported:
                 run.export()
                 exported = True

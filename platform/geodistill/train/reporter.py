@@ -25,7 +25,7 @@ class Reporter:
         self.spent, self.began = start.seconds, time.time()
         self.sums = {name: torch.tensor(pair, dtype=torch.float64) for name, pair in kept.get("sums", {}).items()}
         self.images, self.set_aside = kept.get("images", 0), set[str](kept.get("set_aside", []))
-        self.waited = 0.0
+        self.waited, self.row = 0.0, dict[str, float]()  # the last line of metrics of this process
         self.last = (start.step, time.time())
         if rank == 0:
             path = Path(stage.folder) / "metrics.jsonl"
@@ -87,6 +87,7 @@ class Reporter:
             print(
                 f"[{self.stage.name}] {step}/{self.stage.train.steps} {' '.join(shown)} | {rate}, {_clock(left)} left", flush=True
             )
+        self.row = row
         self.write(row)
 
     def write(self, row: dict[str, float]) -> None:

@@ -6,14 +6,14 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 import ray
-from ray.train import RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchTrainer
 
 from geodistill.cli import JobFailed, JobStopped
@@ -174,11 +174,12 @@ def _stop_at_sigterm(notice) -> Iterator[None]:
         teller.join()
 
 
-def fit(config: Config, stage: Stage, work: Callable[[dict], dict] | None = None) -> None:
+def fit(config: Config, stage: Stage, work: Callable[[dict], dict] | None = None, callbacks: Sequence[UserCallback] = ()) -> None:
     """Train one stage to its end, on fewer workers and again where some are lost (cluster.min_workers, cluster.max_failures).
 
-    work: what every worker runs in place of loop.worker (faults are injected through it). Raises ValueError for what the user can
-    mend, TrainingFailed for what broke on the way, JobStopped after SIGTERM.
+    work: what every worker runs in place of loop.worker (faults are injected through it); callbacks: Ray Train's, of what workers
+    report at each validation. Raises ValueError for what the user can mend, TrainingFailed for what broke on the way, JobStopped
+    after SIGTERM.
     """
     folder = Path(stage.folder)
     config = replace(config, data=replace(config.data, shards=stage.train.shards or config.data.shards))
@@ -199,7 +200,7 @@ def fit(config: Config, stage: Stage, work: Callable[[dict], dict] | None = None
     with _stop_at_sigterm(notice):
         while True:
             try:
-                step = _attempt(config, stage, identity, workers, work or _worker, notice)["step"]
+                step = _attempt(config, stage, identity, workers, work or _worker, notice, callbacks)["step"]
                 break
             except TrainingFailedError as error:
                 reason = reason_of(error)
@@ -228,7 +229,7 @@ def _worker(job: dict) -> dict:
     return worker(job)
 
 
-def _attempt(config: Config, stage: Stage, identity: str, workers: int, work: Callable[[dict], dict], notice) -> dict:
+def _attempt(config: Config, stage: Stage, identity: str, workers: int, work: Callable[[dict], dict], notice, callbacks) -> dict:
     """What rank 0 returns. identity: a digest of what decides the outcome, in which a checkpoint must agree."""
     cluster = config.cluster
     config = replace(config, cluster=replace(cluster, workers=workers))
@@ -242,7 +243,7 @@ def _attempt(config: Config, stage: Stage, identity: str, workers: int, work: Ca
             use_gpu=cluster.use_gpu,
             resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.use_gpu else {})},
         ),
-        run_config=RunConfig(name="ray", storage_path=stage.folder),
+        run_config=RunConfig(name="ray", storage_path=stage.folder, callbacks=list(callbacks)),
     )
     return cast(Any, trainer.fit()).return_value
 
