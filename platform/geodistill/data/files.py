@@ -1,13 +1,16 @@
 """Folders, local or s3://, through pyarrow: every access to raw data and shards goes through here."""
 
 import errno
+import functools
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
@@ -19,17 +22,40 @@ def absolute_path(folder: str) -> str:
 
 
 def open_folder(folder: str | Path, create: bool = False) -> fs.FileSystem:
-    """The file system whose root is `folder`, a local path or a URI such as s3://bucket/key. Raises ValueError."""
+    """The file system whose root is `folder`, a local path or a URI such as s3://bucket/key. Raises ValueError.
+
+    s3:// takes endpoint, region and credentials from the environment (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID ...) or
+    from the machine's role.
+    """
     if "://" not in str(folder):
         found, path = fs.LocalFileSystem(), str(Path(folder).absolute())
     else:
         try:
-            found, path = fs.FileSystem.from_uri(str(folder))
+            found, path = _remote(str(folder))
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder} cannot be opened ({error}); give a local path or s3://bucket/key") from error
     if create:
         found.create_dir(path, recursive=True)
     return fs.SubTreeFileSystem(path, found)
+
+
+@functools.lru_cache(maxsize=256)
+def _remote(uri: str) -> tuple[fs.FileSystem, str]:
+    """(file system, path in it) of a URI. One of S3 tries each request up to ten times, and for longer than pyarrow's own."""
+    parts = urlsplit(uri)
+    if parts.scheme != "s3":
+        return fs.FileSystem.from_uri(uri)
+    given = dict(parse_qsl(parts.query))
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    options: dict[str, Any] = {"endpoint_override": endpoint, "region": region, **given}
+    if parts.username:
+        options |= {"access_key": unquote(parts.username), "secret_key": unquote(parts.password or "")}
+    if not options["endpoint_override"] and not options["region"]:
+        options["region"] = fs.resolve_s3_region(parts.hostname or "")
+    retry = fs.AwsStandardS3RetryStrategy(max_attempts=10)
+    options = {key: value for key, value in options.items() if value}
+    return fs.S3FileSystem(retry_strategy=retry, **options), f"{parts.hostname}{parts.path}"
 
 
 def retried(work: Callable[[], Any], attempts: int = 6) -> Any:
@@ -67,8 +93,11 @@ def write_json(files: fs.FileSystem, name: str, value: dict) -> None:
 
 
 def read_json(files: fs.FileSystem, name: str) -> dict:
-    with files.open_input_stream(name) as stream:
-        return json.loads(stream.read())
+    def read() -> bytes:
+        with files.open_input_stream(name) as stream:
+            return stream.read()
+
+    return json.loads(retried(read))
 
 
 def sha256_of(files: fs.FileSystem, name: str) -> str:
@@ -80,7 +109,8 @@ def upload(local: Path, folder: str, name: str) -> None:
     """Copy a local folder to `folder`/`name`."""
     files = open_folder(folder, create=True)
     files.create_dir(name)
-    fs.copy_files(str(local), name, source_filesystem=fs.LocalFileSystem(), destination_filesystem=files)
+    here = fs.LocalFileSystem()
+    retried(lambda: fs.copy_files(str(local), name, source_filesystem=here, destination_filesystem=files))
 
 
 def download(folder: str, name: str, local: Path) -> Path:
@@ -88,5 +118,6 @@ def download(folder: str, name: str, local: Path) -> Path:
     if "://" not in str(folder):
         return Path(folder) / name
     local.mkdir(parents=True, exist_ok=True)
-    fs.copy_files(name, str(local), source_filesystem=open_folder(folder), destination_filesystem=fs.LocalFileSystem())
+    there, here = open_folder(folder), fs.LocalFileSystem()
+    retried(lambda: fs.copy_files(name, str(local), source_filesystem=there, destination_filesystem=here))
     return local

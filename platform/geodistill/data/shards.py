@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from geodistill.data.duplicates import fingerprint
-from geodistill.data.files import exists, open_folder, read_json, sha256_of, writing
+from geodistill.data.files import exists, open_folder, read_json, retried, sha256_of, writing
 from geodistill.data.record import SCHEMA, SCHEMA_VERSION, BadRecord, ImageRecord, NothingToAsk, validate
 from geodistill.data.sources import Item, Source
 
@@ -198,8 +198,12 @@ def read_group(folder: str | Path, group: Group, columns: list[str] | None = Non
     """The records of a row group, in the order of the file. `columns`: read no others (the rest is empty)."""
     empty = {"id": "", "image": b"", "width": 0, "height": 0, "sensor": "", "conversations": []}
     files = open_folder(folder)
-    info = files.get_file_info(group.file)
-    with files.open_input_file(group.file) as stream:
-        footer = _footer(str(folder), group.file, info.size, info.mtime_ns)
-        rows = pq.ParquetFile(stream, metadata=footer).read_row_group(group.index, columns, use_threads=False).to_pylist()
-    return [ImageRecord.from_row(empty | row) for row in rows]
+
+    def read() -> list[dict]:
+        info = files.get_file_info(group.file)
+        with files.open_input_file(group.file) as stream:
+            footer = _footer(str(folder), group.file, info.size, info.mtime_ns)
+            table = pq.ParquetFile(stream, metadata=footer).read_row_group(group.index, columns, use_threads=False)
+        return table.to_pylist()
+
+    return [ImageRecord.from_row(empty | row) for row in retried(read)]

@@ -146,7 +146,7 @@ def join(batches: list[MicroBatch]) -> MicroBatch:
     )
 
 
-def to_table(batch: MicroBatch) -> pa.Table:
+def to_table(batch: MicroBatch | ValueError) -> pa.Table:
     """One row for Ray Data, with the arrays as they lie in memory: each copy would cost a twentieth of decoding them."""
     buffers: list[pickle.PickleBuffer] = []
     rest = pickle.dumps(batch, protocol=5, buffer_callback=buffers.append)
@@ -159,9 +159,12 @@ def to_table(batch: MicroBatch) -> pa.Table:
 
 
 def from_table(row: pa.Table) -> MicroBatch:
-    """The inverse of `to_table`, with arrays of its own that can be written to."""
+    """The inverse of `to_table`, with arrays of its own that can be written to. Raises the error that was put in."""
     rest, *arrays = (row[str(number)][0].as_buffer() for number in range(row.num_columns))
-    return pickle.loads(rest, buffers=[bytearray(array) for array in arrays])
+    found = pickle.loads(rest, buffers=[bytearray(array) for array in arrays])
+    if isinstance(found, ValueError):
+        raise found
+    return found
 
 
 def augment(batch: MicroBatch, rng: np.random.Generator) -> MicroBatch:
@@ -226,7 +229,11 @@ def stream(
         asked = row["groups"][0].as_py()
         parts = []
         for place, group in json.loads(asked):
-            part = (remember_group if small else load_group)(str(folder), Group(**group), spec)
+            try:
+                part = (remember_group if small else load_group)(str(folder), Group(**group), spec)
+            except OSError as error:  # an exception of the task itself would reach the worker without a readable reason
+                name = f"{folder}/{group['file']}"
+                return to_table(ValueError(f"{name} cannot be read ({error}); bring it back, and run the same command again"))
             parts.append(augment(part, np.random.default_rng([seed, place])) if train.augment else part)
         batch = join(parts)
         if not batch.ids:

@@ -221,7 +221,7 @@ class Checkpoints:
 
     def _read(self, name: str) -> dict:
         try:
-            return retried(lambda: read_json(self.files, name))
+            return read_json(self.files, name)
         except ValueError as error:
             raise Damaged(f"{self.folder}/{name} is not JSON") from error
 
@@ -293,11 +293,11 @@ def _need_same(contents: dict[str, list[int]], names: Mapping[str, Tensor], wher
 
 
 def _added(metrics: list[dict]) -> dict:
-    """The Reporter's states of several workers as one: numbers and lists are added, groups joined."""
+    """The Reporter's states of several workers as one: numbers and lists are added; "all" is alike on all workers."""
     found: dict = {}
     for one in metrics:
         for key, value in one.items():
-            if key not in found:
+            if key not in found or key == "all":
                 found[key] = value
             elif isinstance(value, dict):
                 found[key] = _added([found[key], value])

@@ -1,5 +1,6 @@
 """The loop that every Ray Train worker runs: sft, kd and the on-policy loop of Table 1 alike. Read it top to bottom."""
 
+import logging
 import math
 import os
 import tempfile
@@ -29,6 +30,7 @@ from geodistill.models.row_model import RowModel, row_model
 from geodistill.models.tuning import merged_weights, tune
 from geodistill.train import engine
 from geodistill.train.checkpoint import Checkpoints
+from geodistill.train.collapse import repetition, split
 from geodistill.train.plan import check_memory
 from geodistill.train.reporter import Reporter
 from geodistill.train.stage import Stage, checkpoints_of
@@ -142,6 +144,7 @@ class Run:
         self.checkpoints = Checkpoints(checkpoints_of(config, stage), job["identity"], *here, train.keep_checkpoints)
         self.resume = self.checkpoints.restore(self.engine)
         self.progress = self.resume.progress
+        self.written: Experience | None = None  # by the last rollout
         self.teacher_in_shards = frozen_teacher if config.cluster.shard_teacher else None
 
         forbidden = assemble.forbidden_tokens(tokenizer, vocabulary).to(self.device)
@@ -217,6 +220,15 @@ class Run:
         if stop:
             raise Stopped
 
+    def samples(self, count: int = 3) -> list[str]:
+        """The first responses of this worker's last rollout, with their questions."""
+        if self.written is None:
+            return []
+        asked = [question.text for row in self.written.rows.questions for question in row]
+        responses = split(self.written.batch.token, self.written.batch.sequence)
+        texts = [self.processor.tokenizer.decode(response) for response in responses[:count]]
+        return [f"{question} -> {text}" for question, text in zip(asked, texts, strict=False)]
+
     def sampler(self, step: int, number: int) -> torch.Generator:
         """What samples the responses of this worker's micro-batch `number` of a step: the same whatever worker has it, and
         after a resume."""
@@ -253,13 +265,14 @@ def worker(job: dict) -> dict[str, int]:
     """What Ray Train runs on every worker. job: {"config": Config, "stage": Stage, "identity": of its settings, "notice": [a
     reference that is ready once the run is told to stop]}. Returns {"step": updates made}, fewer than stage.train.steps where it
     was."""
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells of every report
     run = Run(job)
     train, progress = run.stage.train, run.progress
     batches = run.stream(train.splits, run.config.seed)
     corpus = run.stream(run.config.distill.pretrain_splits, run.config.seed + 10**6) if run.with_pretrain else iter(())
     validation = list(read_split(run.config, "val", run.spec, train.images_per_micro_batch, run.rank, run.world))
     exported = progress.step > 0 and (Path(run.stage.folder) / "model").exists()
-    report = Reporter(run.stage, run.resume, run.rank, run.device)
+    report = Reporter(run.config, run.stage, run.resume, run.rank, run.device)
     saved = progress.step
 
     for step in range(progress.step, train.steps):
@@ -275,6 +288,7 @@ def worker(job: dict) -> dict[str, int]:
         last = done == train.steps
         if done % train.log_every == 0 or last:
             report.flush(done, {"learning_rate": learning_rate(train, step)})
+            report.warn(run.samples)
         if done % train.validate_every == 0 or last:
             progress.last = validate(run, validation)
             row = {"step": done, "validation_loss": progress.last}
@@ -321,8 +335,10 @@ def update_on_policy(run: Run, drawn: list[MicroBatch], corpus: list[MicroBatch]
         pretrain = [run.labelled(batch, with_teacher=loss.preset == "reference") for batch in corpus]
     report_padding(report, [*items, *pretrain])
     for item in items:
-        branches = float(item.rows.alive_Rn.sum())
-        report.add({"length": torch.tensor(item.length * branches), "finished": torch.tensor(item.finished * branches)}, branches)
+        branches, responses = float(item.rows.alive_Rn.sum()), split(item.batch.token, item.batch.sequence)
+        sums = {"length": item.length * branches, "finished": item.finished * branches, "repetition": repetition(responses)}
+        report.add({name: torch.tensor(value) for name, value in sums.items()}, branches)
+    run.written = items[0]
     tokens, image_tokens, pretrain_tokens = global_counts(
         run,
         sum(len(i.batch.token) for i in items),
@@ -330,6 +346,7 @@ def update_on_policy(run: Run, drawn: list[MicroBatch], corpus: list[MicroBatch]
         sum(i.tokens for i in pretrain),
     )
 
+    report.tokens += tokens
     chunks = run.chunks([*(len(i.batch.token) for i in items), *(i.tokens for i in pretrain)])
 
     def on_policy(item: Experience) -> Tensor:
@@ -355,6 +372,7 @@ def update_labelled(run: Run, drawn: list[MicroBatch], report: Reporter, step: i
         items = [run.labelled(batch, with_teacher=method == "kd") for batch in drawn]
     report_padding(report, items)
     (tokens,) = global_counts(run, sum(i.tokens for i in items))
+    report.tokens += tokens
     chunks = run.chunks([i.tokens for i in items])
 
     def learn(item: Labelled) -> Tensor:

@@ -1,31 +1,38 @@
-"""What a training stage tells: metrics.jsonl, TensorBoard, and a line of progress with rate and time left."""
+"""What a training stage tells: metrics.jsonl, TensorBoard, Prometheus, MLflow, a line of progress with rate and time left."""
 
 import json
 import resource
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from ray.util.metrics import Gauge
 from tensorboardX import SummaryWriter
 from torch import Tensor
 
+from geodistill.config import Config
 from geodistill.train.checkpoint import Resume
+from geodistill.train.collapse import Watch
 from geodistill.train.stage import Stage
 
 
 class Reporter:
-    """Means over tokens and workers; metrics.jsonl, TensorBoard, and a line of progress with rate and time left."""
+    """Means over tokens and workers, of the steps between two lines; rank 0 writes."""
 
-    def __init__(self, stage: Stage, resume: Resume, rank: int, device: torch.device):
+    def __init__(self, config: Config, stage: Stage, resume: Resume, rank: int, device: torch.device):
         self.stage, self.rank, self.device = stage, rank, device
         start, kept = resume.progress, resume.metrics
         self.spent, self.began = start.seconds, time.time()
         self.sums = {name: torch.tensor(pair, dtype=torch.float64) for name, pair in kept.get("sums", {}).items()}
         self.images, self.set_aside = kept.get("images", 0), set[str](kept.get("set_aside", []))
-        self.waited, self.row = 0.0, dict[str, float]()  # the last line of metrics of this process
+        self.waited, self.tokens = 0.0, 0.0  # response tokens that were learned from, over all workers, since the last line
+        self.row: dict[str, float] = {}  # the last line of metrics of this process
+        self.watch = Watch(kept.get("all", {}))
+        self.gauges: dict[str, Gauge] = {}
         self.last = (start.step, time.time())
         if rank == 0:
             path = Path(stage.folder) / "metrics.jsonl"
@@ -33,6 +40,7 @@ class Reporter:
             whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half a line
             path.write_text("".join(line for line in whole if json.loads(line)["step"] <= start.step))
             self.file = path.open("a")
+            self.mlflow = _mlflow(config, stage, start.step)
             self.board = SummaryWriter(str(Path(stage.folder) / "tensorboard"), purge_step=start.step + 1)
 
     @property
@@ -50,7 +58,7 @@ class Reporter:
     def state(self) -> dict:
         """What a resume needs, so that the next line of metrics is that of an unbroken run: sums since the last one."""
         sums = {name: pair.tolist() for name, pair in self.sums.items()}
-        return {"sums": sums, "images": self.images, "set_aside": sorted(self.set_aside)}
+        return {"sums": sums, "images": self.images, "set_aside": sorted(self.set_aside), "all": self.watch.state}
 
     def saw(self, ids: Sequence[str]) -> None:
         """Note the images that a step learns from: `images`, the sum of the CRC-32 of their names, tells whether two runs saw
@@ -74,12 +82,13 @@ class Reporter:
         row = {"step": step, **{k: (v[0] / v[1].clamp(min=1)).item() for k, v in zip(names, values, strict=True)}, **extra}
         seconds, steps = time.time() - self.last[1], step - self.last[0]
         row["images_per_second"] = self.stage.train.images_per_step * steps / seconds
+        row["tokens_per_second"] = self.tokens / seconds
         row["data_wait"] = self.waited / seconds
         row["seconds"] = self.seconds
         gpu = self.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated() if gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         row["peak_memory_gib"] = peak / 2**30
-        self.sums, self.images, self.waited, self.last = {}, 0, 0.0, (step, time.time())
+        self.sums, self.images, self.waited, self.tokens, self.last = {}, 0, 0.0, 0.0, (step, time.time())
         if self.rank == 0:
             left = (self.stage.train.steps - step) * seconds / max(steps, 1)
             shown = [f"{k} {row[k]:.3f}" for k in ("loss", "reverse_kl", "reward", "length", "agreement") if k in row]
@@ -94,10 +103,54 @@ class Reporter:
         if self.rank == 0:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
+            self._gauge(row)
+            if self.mlflow:
+                self.mlflow.log_metrics({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
             for name, value in row.items():
                 if name != "step":
                     self.board.add_scalar(f"{self.stage.name}/{name}", value, row["step"])
             self.board.flush()
+
+    def _gauge(self, row: dict[str, float]) -> None:
+        """Show the figures to Prometheus, through Ray, as ray_geodistill_NAME with the label stage."""
+        for name, value in row.items():
+            if name not in self.gauges:
+                self.gauges[name] = Gauge(f"geodistill_{name}", f"{name} of a training stage, as in metrics.jsonl", ("stage",))
+            self.gauges[name].set(value, {"stage": self.stage.name})
+
+    def warn(self, samples: Callable[[], list[str]]) -> None:
+        """Say, and write to warnings.jsonl, where the last line of metrics looks like a student that collapses.
+
+        samples: gives some of the last responses, to be shown.
+        """
+        wrong = self.watch.look(self.row)
+        if not wrong or self.rank > 0:
+            return
+        shown = samples()
+        told = {"step": self.row["step"], "wrong": wrong, "samples": shown}
+        with (Path(self.stage.folder) / "warnings.jsonl").open("a") as file:
+            file.write(json.dumps(told, ensure_ascii=False) + "\n")
+        lines = [f"[{self.stage.name}] WARNING, step {self.row['step']}: the student may be collapsing: {'; '.join(wrong)}"]
+        print("\n".join([*lines, *(f"    {text}" for text in shown)]), flush=True)
+
+
+def _mlflow(config: Config, stage: Stage, step: int):
+    """The module mlflow with a run of this stage open, that of before where it goes on; None where none is asked for."""
+    if not config.mlflow:
+        return None
+    try:
+        import mlflow
+    except ImportError as error:
+        raise ValueError("mlflow=... needs MLflow: pip install 'geodistill[mlflow]', or set mlflow= (empty)") from error
+    note = Path(stage.folder) / "mlflow.txt"
+    mlflow.set_tracking_uri(config.mlflow)
+    mlflow.set_experiment("geodistill")
+    mlflow.start_run(run_id=note.read_text() if step and note.exists() else None, run_name=f"{config.run}: {stage.name}")
+    note.write_text(mlflow.active_run().info.run_id)
+    if not step:
+        loss = asdict(config.distill.loss) if stage.train.method != "sft" else {}
+        mlflow.log_params({"seed": config.seed, **asdict(stage.train), **{f"loss.{k}": v for k, v in loss.items()}})
+    return mlflow
 
 
 def _clock(seconds: float) -> str:

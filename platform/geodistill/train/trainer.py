@@ -208,11 +208,11 @@ def fit(config: Config, stage: Stage, work: Callable[[dict], dict] | None = None
                 failures = 1 if now > at else failures + 1
                 at = now
                 limit = retries(reason, config.cluster.max_failures)
+                told = f"[{stage.name}] {_last_line(reason).removeprefix(f'[{stage.name}] ')}"
                 if failures > limit:
-                    raise TrainingFailed(f"[{stage.name}] {_last_line(reason)}") from error
+                    raise TrainingFailed(told) from error
                 print(
-                    f"[{stage.name}] {_last_line(reason)} - goes on from step {at} (failure {failures} of {limit} without a new "
-                    "checkpoint)",
+                    f"{told} - goes on from step {at} (failure {failures} of {limit} without a new checkpoint)",
                     flush=True,
                 )
                 workers = _wait_for_workers(config, stage)

@@ -1,0 +1,54 @@
+"""The warning of a collapsing student: what it counts, when it speaks, and that it keeps quiet where all is well."""
+
+import pytest
+import torch
+
+from geodistill.train.collapse import BEGINNING, Watch, repetition, split
+
+WELL = {"entropy": 1.0, "reverse_kl": 1.5, "repetition": 0.02, "length": 7.0, "finished": 0.95}
+
+
+def test_responses_are_told_apart():
+    assert split(torch.tensor([5, 6, 7, 8, 9]), torch.tensor([1, 1, 4, 4, 2])) == [[5, 6], [7, 8], [9]]
+
+
+def test_repetition_is_the_share_of_pairs_that_came_before():
+    assert repetition([[1, 2, 3, 4]]) == 0
+    assert repetition([[1, 1, 1, 1, 1]]) == 0.75  # four pairs, three of them again
+    assert repetition([[1, 2, 1, 2, 1]]) == 0.5
+    assert repetition([[], [1], [1, 2]]) == 0
+    assert repetition([[1, 1, 1], [1, 2, 3]]) == 0.5  # a sum over responses
+
+
+def watched() -> Watch:
+    watch = Watch({})
+    for _ in range(BEGINNING):
+        assert watch.look(WELL) == []
+    return watch
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"repetition": 0.6}, "share of repeated pairs of tokens 0.6 (0.02 at the start)"),
+        ({"length": 20.0}, "response length 20 (7 at the start)"),
+        ({"length": 1.5}, "response length 1.5 (7 at the start)"),
+        ({"finished": 0.2}, "share of responses that end by themselves 0.2 (0.95 at the start)"),
+        ({"entropy": 0.05}, "entropy of a student that is no nearer to its teacher 0.05 (1 at the start)"),
+    ],
+)
+def test_each_kind_of_collapse_is_named_with_its_figures(change, said):
+    assert watched().look(WELL | change) == [said]
+
+
+def test_a_student_that_learns_is_left_alone():
+    watch = watched()
+    for share in (0.8, 0.5, 0.3):  # surer and nearer to its teacher
+        assert watch.look(WELL | {"entropy": share, "reverse_kl": 1.5 * share, "length": 9.0}) == []
+    assert watch.look(WELL | {"entropy": 0.05, "reverse_kl": 0.2}) == []
+    assert watch.look({"loss": 1.0}) == []  # a stage without rollouts
+
+
+def test_a_resumed_watch_knows_the_beginning():
+    again = Watch(watched().state)
+    assert len(again.look(WELL | {"length": 30.0, "repetition": 0.5})) == 2
