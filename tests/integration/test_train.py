@@ -1,9 +1,12 @@
 """Ray Train + DeepSpeed + Ray Data for real: one worker and two, all methods, NaN, evaluation and report; test_zero.py: ZeRO."""
 
 import json
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
+import ray
 from safetensors.torch import load_file
 from tiny import history, same, settings, train
 
@@ -48,8 +51,11 @@ def test_distil_evaluate_report(first):
     run = Path(first.run).parent / "two"
     config = settings(run, "cluster.workers=2", "distill.train.splits=[train,unlabelled]", "distill.warm_start.steps=0",
                       f"distill.teacher={first.distill.teacher}", f"evaluate.models.teacher={first.distill.teacher}",
-                      f"evaluate.models.baseline={first.run}/baseline/model")  # fmt: skip
+                      f"evaluate.models.baseline={first.run}/baseline/model",
+                      f"mlflow=sqlite:///{run.parent}/mlflow.db")  # fmt: skip
     train(config, "distill")
+    check_mlflow(f"sqlite:///{run.parent}/mlflow.db", history(run / "distill"))
+    check_prometheus(history(run / "distill"))
     rows = [row for row in history(run / "distill") if "loss" in row]
     for key in ("single", "long", "align", "pretrain", "reverse_kl", "reward", "length", "agreement", "learning_rate"):
         assert all(key in row for row in rows), key
@@ -64,6 +70,30 @@ def test_distil_evaluate_report(first):
     assert {"scene_classification", "vqa", "grounding", "captioning", "mean"} <= set(scores["distilled"]["summary"])
     assert report_of_run(config, scores).stat().st_size > 50_000
     assert list((run / "distill/tensorboard").glob("events*"))
+
+
+def check_mlflow(uri: str, rows: list[dict]) -> None:
+    """Every line of metrics.jsonl is in MLflow."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    (found,) = client.search_runs([client.get_experiment_by_name("geodistill").experiment_id])
+    assert found.info.status == "FINISHED" and found.data.params["method"] == "distill"
+    for key in ("reverse_kl", "validation_loss"):
+        logged = {metric.step: metric.value for metric in client.get_metric_history(found.info.run_id, key)}
+        assert logged == {row["step"]: row[key] for row in rows if key in row}
+
+
+def check_prometheus(rows: list[dict]) -> None:
+    """Ray exports the last figures of the stage."""
+    port, wanted = ray.nodes()[0]["MetricsExportPort"], {}
+    until = time.time() + 30
+    while not wanted and time.time() < until:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        wanted = {line for line in lines if line.startswith("ray_geodistill_reverse_kl{") and 'stage="distill"' in line}
+        time.sleep(0.5)
+    assert any(float(line.rsplit(" ", 1)[1]) == pytest.approx(rows[-2]["reverse_kl"]) for line in wanted), wanted
 
 
 def test_nan_stops_the_run_and_keeps_the_last_checkpoint(first):

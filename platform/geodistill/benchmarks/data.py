@@ -103,6 +103,13 @@ def plain_loop(records: list[ImageRecord], size: int) -> Iterator[Image.Image]:
         yield image.resize((size, size), Image.Resampling.BICUBIC)
 
 
+def raylet() -> psutil.Process:
+    """The raylet of the local Ray that this process is connected to; its children are that Ray's workers."""
+    session = ray.get_runtime_context().get_session_name()
+    found = psutil.process_iter(["name", "cmdline"])
+    return next(p for p in found if p.info["name"] == "raylet" and session in str(p.info["cmdline"]))
+
+
 class Watch:
     """CPU time and memory of this process and of the local Ray, sampled five times a second inside a `with`.
 
@@ -111,12 +118,7 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        session = ray.get_runtime_context().get_session_name()
-        self.raylet = next(
-            p
-            for p in psutil.process_iter(["name", "cmdline"])
-            if p.info["name"] == "raylet" and session in str(p.info["cmdline"])
-        )
+        self.raylet = raylet()
         self.files = list(Path(f"/proc/{self.raylet.pid}/fd").iterdir())
         self.me = psutil.Process()
         self.cpu: dict[int, float] = {}

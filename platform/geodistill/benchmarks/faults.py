@@ -15,15 +15,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import torch
 from pyarrow import fs
 from safetensors.torch import load_file
 
 from geodistill.benchmarks import storage
+from geodistill.benchmarks.data import raylet
 from geodistill.benchmarks.scaling import ready
 from geodistill.cli import JobFailed
 from geodistill.config import Config, changed
@@ -167,6 +169,16 @@ def wait_for(stage: Stage, ended: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+def running(title: str) -> list[psutil.Process]:
+    """The processes of this Ray whose title begins so."""
+    found = []
+    for process in raylet().children():
+        with suppress(psutil.NoSuchProcess, IndexError):
+            if process.cmdline()[0].startswith(title):
+                found.append(process)
+    return found
+
+
 def data_task_killed(config: Config, stage: Stage) -> dict:
     """SIGKILL to a process that decodes."""
     done = threading.Event()
@@ -174,13 +186,9 @@ def data_task_killed(config: Config, stage: Stage) -> dict:
     def kill() -> None:
         wait_for(stage, done.is_set)
         while not done.is_set():
-            for process in Path("/proc").glob("[0-9]*/cmdline"):
-                try:
-                    if process.read_bytes().startswith(b"ray::MapBatches") and begin(Path(stage.folder), AT):
-                        os.kill(int(process.parent.name), signal.SIGKILL)
-                        return
-                except OSError:
-                    continue  # it has ended
+            if (found := running("ray::MapBatches")) and begin(Path(stage.folder), AT):
+                found[0].kill()
+                return
 
     killer = threading.Thread(target=kill)
     killer.start()

@@ -303,6 +303,7 @@ def worker(job: dict) -> dict[str, int]:
             run.checkpoints.save(run.engine, progress, report.state())
             saved = done
     run.checkpoints.wait()
+    report.close()
     return {"step": progress.step}
 
 

