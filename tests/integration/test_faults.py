@@ -44,6 +44,7 @@ def check(found: dict) -> None:
     assert all(name in faults.faults_table({"faults": found, "steps": 24, "interval": 4, "unbroken": 1.0}) for name in found)
 
 
+@pytest.mark.long
 def test_a_worker_that_is_killed_costs_an_interval_at_most(first, loop, monkeypatch):
     found = measured(of(first), loop, QUICK, monkeypatch)
     check(found)

@@ -39,7 +39,8 @@ def whole(first) -> Path:
     return adapters(first, Path(first.run).parent / "zero0", 0)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(stage, marks=[] if stage == 3 else pytest.mark.long) for stage in STAGES])
+@pytest.mark.long
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_zero_stage_learns_what_stage_0_does_and_goes_on_from_its_checkpoint(first, whole, stage):
     run = Path(first.run).parent / f"zero{stage}"
     folder = adapters(first, run, stage, *STAGES[stage])

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from geodistill.benchmarks.contestants import (
     MINILLM,
@@ -303,15 +304,16 @@ def distill_figure(found: dict[str, Any]) -> Figure:
     colors = dict(zip(NAMES.values(), (COLORS["distilled"], COLORS["baseline"], "#74add1", COLORS["question"]), strict=True))
     with rc_context(RC):  # type: ignore[arg-type]
         figure = Figure(figsize=(3.4 * len(panels) + 0.4, 3.2), layout="constrained")
-        grid = figure.subplots(1, len(panels), squeeze=False)
+        grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)
         for ax, ((pair, image_tokens), panel) in zip(grid.flat, panels.items(), strict=True):
             for name, line in panel.items():
                 ax.plot([*line], [*line.values()], "o-", ms=3.5, color=colors[name], label=name)
             ax.set_title(f"{image_tokens} image tokens ({pair})")
             ax.set(xlabel="questions of an image (n)", ylabel="ms / question", yscale="log")
             ax.set_xticks(sorted({n for line in panel.values() for n in line}))
-            for form in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
-                form(lambda value, _: f"{value:g}")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            ax.yaxis.set_minor_formatter(NullFormatter())
         handles = {text: line for ax in figure.axes for line, text in zip(*ax.get_legend_handles_labels(), strict=True)}
         figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=4)
     return figure
