@@ -5,12 +5,13 @@ from itertools import pairwise
 
 import pytest
 
-from geodistill.config import load
+from geodistill.config import ClusterConfig, TrainConfig, load
 from geodistill.data.prepare import prepare
 from geodistill.models import assemble
-from geodistill.train.loop import learning_rate
+from geodistill.train.checkpoint import CheckpointFailed
+from geodistill.train.loop import NotFinite, learning_rate
 from geodistill.train.stage import stages
-from geodistill.train.trainer import check_stage, is_finished, settings_of
+from geodistill.train.trainer import check_stage, is_finished, reason_of, retries, settings_of, workers_that_fit
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +93,34 @@ def test_learning_rate_rises_and_falls(run):
     rates = [learning_rate(train, step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == 1
     assert all(a >= b for a, b in pairwise(rates[10:])) and rates[-1] == pytest.approx(0.1, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "least", "found"),
+    [(8, 0, 4), (4.5, 0, 4), (4.4, 0, 0), (4.4, 1, 2), (1.5, 1, 1), (1.4, 1, 0), (2.5, 2, 2), (2.4, 2, 0)],
+)
+def test_workers_that_fit(cpus, least, found):
+    """Sixteen images in micro-batches of four: four, two or one workers can share a step, three cannot."""
+    cluster = ClusterConfig(workers=4, min_workers=least)
+    assert workers_that_fit(cluster, TrainConfig(images_per_step=16, images_per_micro_batch=4), {"CPU": cpus}) == found
+
+
+def test_every_worker_needs_a_gpu():
+    cluster = ClusterConfig(workers=4, min_workers=1, use_gpu=True)
+    train = TrainConfig(images_per_step=16, images_per_micro_batch=4)
+    assert [workers_that_fit(cluster, train, {"CPU": 64, "GPU": gpus}) for gpus in (4, 3, 1, 0)] == [4, 2, 1, 0]
+
+
+def test_what_is_tried_again():
+    """A lost worker as often as asked, a figure that is not finite once, and never what would come back."""
+    assert retries(RuntimeError("connection closed by peer"), 3) == 3
+    assert retries(NotFinite("the loss"), 3) == 1 and retries(NotFinite("the loss"), 0) == 0
+    assert retries(ValueError("a shard"), 3) == retries(CheckpointFailed("a full disk"), 3) == 0
+
+
+def test_of_several_errors_the_one_that_explains_the_others():
+    class Failed(Exception):
+        worker_failures = {0: RuntimeError("connection closed by peer"), 1: ValueError("shard 3 cannot be read")}  # noqa: RUF012
+
+    assert "shard 3" in str(reason_of(Failed()))
+    assert "alone" in str(reason_of(RuntimeError("alone")))

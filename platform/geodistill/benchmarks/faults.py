@@ -277,7 +277,7 @@ def shard_gone(config: Config, stage: Stage) -> dict:
 
 def store_failing(config: Config, stage: Stage) -> dict:
     """Shards and checkpoints on S3, of which every fifth request fails: an error 500, no answer, or half a body."""
-    with storage.server("faults") as port, storage.proxy(port, share=0.2) as (front, done):
+    with storage.server("faults") as port, storage.proxy(port, share=0.2) as (front, counts):
         with storage.reached_at(port):
             files = open_folder("s3://faults/data", create=True)
             fs.copy_files(config.data.shards, "", source_filesystem=fs.LocalFileSystem(), destination_filesystem=files)
@@ -288,7 +288,8 @@ def store_failing(config: Config, stage: Stage) -> dict:
             code = process.wait()
         if code:
             raise RuntimeError(f"{stage.name} ended with exit code {code}: see {stage.folder}/output.txt")
-    failed = ", ".join(f"{done[kind]} {kind}" for kind in ("500", "no answer", "cut"))
+        done = counts()
+    failed = ", ".join(f"{done[kind]} {kind}" for kind in storage.FAULTS)
     return {"again": False, "said": f"of {done['requests']} requests failed: {failed}"}
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -12,10 +13,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import boto3
@@ -83,6 +84,7 @@ def _started(program: str, folder: str) -> tuple[subprocess.Popen, int]:
             f"-s3.port={port}",
         ]
         command += [f"-s3.config={folder}/s3.json", "-master.volumeSizeLimitMB=128", "-volume.max=200"]
+        command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]  # their ports are the same for every server of a machine
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         until = time.time() + 30
         while time.time() < until and process.poll() is None:
@@ -103,11 +105,35 @@ def _listens(port: int) -> bool:
         return False
 
 
+FAULTS = ("500", "no answer", "cut")
+
+
 @contextmanager
-def proxy(port: int, share: float = 0.0, seed: int = 0, hold: float = 6.0) -> Iterator[tuple[int, Counter]]:
-    """(port of a proxy before `port`, what it did). `share` of all requests fail, each kind as often: error 500, no answer for
-    `hold` seconds, half a body and a closed connection."""
-    draw, lock, done = random.Random(seed), threading.Lock(), Counter[str]()
+def proxy(port: int, share: float = 0.0, seed: int = 0, hold: float = 6.0) -> Iterator[tuple[int, Callable[[], dict[str, int]]]]:
+    """(port of a proxy before `port`, what tells how many "requests" it had and how many of each of FAULTS).
+
+    `share` of all requests fail, each kind as often: error 500, no answer for `hold` seconds, half a body and a closed socket.
+    It is a process of its own: pyarrow does not let other threads of this one run while it waits for an answer.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    process = spawn.Process(target=_serve, args=(there, port, share, seed, hold), daemon=True)
+    process.start()
+
+    def counts() -> dict[str, int]:
+        here.send("counts")
+        return here.recv()
+
+    try:
+        yield here.recv(), counts
+    finally:
+        process.kill()
+        process.join()
+
+
+def _serve(pipe: Connection, port: int, share: float, seed: int, hold: float) -> None:
+    """The process of a proxy: sends its port, then its counts as often as asked."""
+    draw, lock, done = random.Random(seed), threading.Lock(), dict.fromkeys(("requests", *FAULTS), 0)
 
     class Proxy(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -116,11 +142,12 @@ def proxy(port: int, share: float = 0.0, seed: int = 0, hold: float = 6.0) -> It
             """Nothing: a line for every request would hide everything else."""
 
         def answer(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = self.chunks() if self.chunked() else self.rfile.read(int(self.headers.get("Content-Length") or 0))
             with lock:
-                fault = draw.choice(("500", "no answer", "cut")) if draw.random() < share else ""
+                fault = draw.choice(FAULTS) if draw.random() < share else ""
                 done["requests"] += 1
-                done[fault] += bool(fault)
+                if fault:
+                    done[fault] += 1
             if fault == "500":
                 self.reply(500, {"Content-Type": "application/xml"}, b"<Error><Code>InternalError</Code></Error>")
             elif fault == "no answer":
@@ -129,12 +156,25 @@ def proxy(port: int, share: float = 0.0, seed: int = 0, hold: float = 6.0) -> It
             else:
                 self.forward(body, fault == "cut")
 
+        def chunked(self) -> bool:
+            return "chunked" in self.headers.get("Transfer-Encoding", "")
+
+        def chunks(self) -> bytes:
+            """The body of a request whose length is not known at its head."""
+            body = b""
+            while size := int(self.rfile.readline().split(b";")[0], 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            while self.rfile.readline().strip():
+                continue  # trailers
+            return body
+
         def forward(self, body: bytes, cut: bool) -> None:
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
             connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
                 connection.putheader(name, value)
-            connection.endheaders(body)
+            connection.endheaders(body, encode_chunked=self.chunked())
             answer = connection.getresponse()
             content = answer.read()
             headers = {name: value for name, value in answer.getheaders() if name.lower() not in HOP}
@@ -144,8 +184,8 @@ def proxy(port: int, share: float = 0.0, seed: int = 0, hold: float = 6.0) -> It
             connection.close()
 
         def reply(self, status: int, headers: dict[str, str], content: bytes, cut: bool = False) -> None:
+            self.close_connection = True
             if cut and not content:  # nothing to cut: no answer at all
-                self.close_connection = True
                 return
             self.send_response_only(status)
             for name, value in ({"Content-Length": str(len(content))} | headers | {"Connection": "close"}).items():
@@ -153,18 +193,17 @@ def proxy(port: int, share: float = 0.0, seed: int = 0, hold: float = 6.0) -> It
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(content[: len(content) // 2] if cut else content)
-            self.close_connection = True
 
         do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as listening:
         listening.daemon_threads = True
-        thread = threading.Thread(target=listening.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield listening.server_address[1], done
-        finally:
-            listening.shutdown()
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        pipe.send(listening.server_address[1])
+        with contextlib.suppress(EOFError):
+            while pipe.recv():
+                with lock:
+                    pipe.send(dict(done))
 
 
 @contextmanager
