@@ -41,7 +41,7 @@ def worker(job: dict) -> dict[str, int]:
     """What Ray Train runs on every worker. job: {"config": Config, "stage": Stage, "identity": of its settings, "notice": [a
     reference that is ready once the run is told to stop]}. Returns {"step": updates made}, fewer than stage.train.steps where it
     was."""
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells of every report
+    logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.WARNING)  # it tells of every report
     run = Run(job)
     train, progress = run.stage.train, run.progress
     batches = run.stream(train.splits, run.config.seed)
