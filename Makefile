@@ -3,7 +3,7 @@
 # make earthgpt      EarthGPT's tower and its two stages           make towers         the same with CLIP's tower, compared
 # make test          the tests                                     make lint           ruff and mypy
 # make bench         losses and a step against TRL's and MiniLLM's, compared with the committed ratios
-# make test-all      and the long ones: 10,000 images, every ZeRO stage, bf16, EarthGPT, stored features, eight consumers
+# make test-all      and the long ones: 10,000 images, every ZeRO stage, every fault, killed sweeps, bf16, EarthGPT, stored features
 PYTHON ?= python3
 ARGS ?=
 export RAY_ADDRESS ?= local

@@ -1,9 +1,14 @@
 """The warning of a collapsing student: what it counts, when it speaks, and that it keeps quiet where all is well."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from geodistill.train.collapse import BEGINNING, Watch, repetition, split
+from geodistill.train.reporter import Reporter
+from geodistill.train.run import Run
 
 WELL = {"entropy": 1.0, "reverse_kl": 1.5, "repetition": 0.02, "length": 7.0, "finished": 0.95}
 
@@ -52,3 +57,23 @@ def test_a_student_that_learns_is_left_alone():
 def test_a_resumed_watch_knows_the_beginning():
     again = Watch(watched().state)
     assert len(again.look(WELL | {"length": 30.0, "repetition": 0.5})) == 2
+
+
+def test_the_warning_tells_the_step_and_shows_responses(tmp_path, capsys, tokenizer, questions, make_packer):
+    """As the loop calls it, on rank 0 alone; once more in the file."""
+    words = tokenizer("yes yes yes", add_special_tokens=False).input_ids
+    rows = make_packer(8).pack(questions[:1])
+    batch = SimpleNamespace(token=torch.tensor(words * 2), sequence=torch.tensor([3] * len(words) + [4] * len(words)))
+    run = SimpleNamespace(written=SimpleNamespace(rows=rows, batch=batch), processor=SimpleNamespace(tokenizer=tokenizer))
+    report = Reporter.__new__(Reporter)
+    report.stage, report.rank, report.watch = SimpleNamespace(name="distill", folder=str(tmp_path)), 0, watched()
+    report.row = {"step": 40} | WELL
+    report.warn(lambda: Run.samples(run))
+    assert capsys.readouterr().out == "" and not (tmp_path / "warnings.jsonl").exists()
+    report.row |= {"repetition": 0.6}
+    report.warn(lambda: Run.samples(run))
+    said = capsys.readouterr().out
+    assert "WARNING, step 40" in said and f"{rows.questions[0][0].text} -> yes yes yes" in said
+    kept = json.loads((tmp_path / "warnings.jsonl").read_text())
+    assert kept["step"] == 40 and len(kept["samples"]) == 2
+    assert Run.samples(SimpleNamespace(written=None)) == []

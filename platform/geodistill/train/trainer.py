@@ -168,7 +168,7 @@ def _stop_at_sigterm(notice) -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: not Python's
         ended.set()
         told.set()
         teller.join()
