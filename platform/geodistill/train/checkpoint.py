@@ -66,6 +66,11 @@ class Checkpoints:
         self.under_way: tuple[int, Future] | None = None
         self.whole: dict[int, float] = {}  # step -> validation loss of what is whole in storage
 
+    @property
+    def newest(self) -> int:
+        """The step of the newest checkpoint, be it still on its way; 0: there is none."""
+        return self.under_way[0] if self.under_way else max(self.whole, default=0)
+
     def save(self, engine, progress: Progress, metrics: dict) -> None:
         """Copy the state; write it while training goes on, after the checkpoint before it is whole.
 

@@ -49,17 +49,19 @@ def worker(job: dict) -> dict[str, int]:
     validation = list(read_split(run.config, "val", run.spec, train.images_per_micro_batch, run.rank, run.world))
     exported = progress.step > 0 and (Path(run.stage.folder) / "model").exists()
     report = Reporter(run.config, run.stage, run.resume, run.rank, run.device)
-    saved = progress.step
 
     for step in range(progress.step, train.steps):
         counted = report.state()
         try:
             one_step(run, batches, corpus, report, step)
         except Stopped:
-            if saved < step:
+            if run.checkpoints.newest < step:
                 progress.seconds = report.seconds
                 run.checkpoints.save(run.engine, progress, counted)
             break
+        except NotFinite:
+            run.checkpoints.wait()  # the one on its way shall not be lost
+            raise
         progress.step = done = step + 1
         last = done == train.steps
         if done % train.log_every == 0 or last:
@@ -77,7 +79,6 @@ def worker(job: dict) -> dict[str, int]:
         if done % train.checkpoint_every == 0 or last:
             progress.seconds = report.seconds
             run.checkpoints.save(run.engine, progress, report.state())
-            saved = done
     run.checkpoints.wait()
     report.close()
     return {"step": progress.step}
@@ -207,8 +208,8 @@ def update(run: Run, passes: list[tuple[Callable[..., Tensor], Any]], report: Re
 def _need_finite(value: float, what: str, run: Run, step: int) -> None:
     if math.isfinite(value):
         return
-    at, folder = run.progress.step, run.stage.folder
-    kept = f"the checkpoint of step {at} is kept in {folder}/checkpoints" if at else "there is no checkpoint yet"
+    at, folder = run.checkpoints.newest, run.checkpoints.folder
+    kept = f"the checkpoint of step {at} is kept in {folder}" if at else "there is no checkpoint yet"
     raise NotFinite(
         f"[{run.stage.name}] {what} is not finite at step {step + 1}; {kept}. Lower learning_rate or max_grad_norm and run again"
     )
