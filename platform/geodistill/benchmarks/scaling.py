@@ -59,7 +59,7 @@ def train_with(config: Config, loop: Stage, workers: int) -> tuple[Stage, list[d
     folder = Path(config.run) / f"benchmark/scaling-{workers}"
     shutil.rmtree(folder, ignore_errors=True)
     train = replace(loop.train, steps=STEPS, log_every=LINE, validate_every=STEPS, checkpoint_every=STEPS)
-    stage = replace(loop, name=f"{workers} worker{'s' * (workers > 1)}", folder=str(folder), train=train)
+    stage = replace(loop, name=f"{workers}-worker{'s' * (workers > 1)}", folder=str(folder), train=train)
     fit(changed(config, [f"cluster.workers={workers}", "cluster.threads_per_worker=1"]), stage)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return stage, [line for line in lines if "images_per_second" in line][1:]
