@@ -127,7 +127,10 @@ class Watch:
         self.end = threading.Event()
 
     def _sample(self) -> None:
-        store = sum(os.stat(f).st_blocks * 512 for f in self.files if os.readlink(f).startswith("/dev/shm/plasma"))
+        store = 0
+        for file in self.files:
+            with suppress(FileNotFoundError):  # closed meanwhile
+                store += os.stat(file).st_blocks * 512 if os.readlink(file).startswith("/dev/shm/plasma") else 0
         total = store
         for process in (self.me, self.raylet, *self.raylet.children()):
             with suppress(psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError, IndexError):  # ended meanwhile
