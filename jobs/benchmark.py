@@ -7,7 +7,7 @@ loss: time and memory of the losses on [responses, vocabulary] against a dense o
 distill [quick|full]: rollout and update against TRL's DistillationTrainer (where installed) and MiniLLM's published procedure;
 random weights: small models on one thread (or cluster.threads_per_worker), large ones with cluster.use_gpu=true; and a plot.
 scaling: images/s of distill.train with one worker and with two, and the rates that plan.py's table of more workers uses.
-consumers: the data plane under 8, 64 and 512 streams at once, which sleep in place of training.
+consumers [N]: the data plane under 8, 64 and 512 streams at once (or N), which sleep in place of training.
 faults: what a killed worker, data task or driver, SIGTERM, a full disk ... cost a run, and whether it ends like an unbroken one.
 soak [MINUTES]: a long distillation with a fault every two minutes, against one without.
 compare: the ratios of all that were measured beside those of README's Results; ends with 1 where one has fallen.
@@ -45,6 +45,8 @@ if __name__ == "__main__":
     if name not in NAMES:
         print(f"benchmark: cannot measure {name!r}; the first argument is one of: {', '.join(NAMES)}", file=sys.stderr)
         raise SystemExit(2)
-    more = {"distill": ("quick", "full").__contains__, "soak": str.isdigit}.get(name, lambda word: False)
+    more = {"distill": ("quick", "full").__contains__, "soak": str.isdigit, "consumers": str.isdigit}.get(
+        name, lambda word: False
+    )
     words = [sys.argv.pop(1)] if sys.argv[1:2] and more(sys.argv[1]) else []
     main("benchmark", lambda config: benchmark(config, name, *words), needs_ray=lambda config: name in WITH_RAY)
