@@ -212,7 +212,7 @@ def _with_progress(runs: list, start: float) -> Iterator[list[Consumed]]:
 
 
 def measure_consumers(config: Config, only: str = "") -> dict[str, Any]:
-    """`run_consumers` for each of CONSUMERS on the same shards, which are made in run/benchmark. only: this number of them alone."""
+    """`run_consumers` for each of CONSUMERS, or `only` for so many, on the same shards, which are made in run/benchmark."""
     data = replace(config.data, images_per_group=MICRO)
     photos = prepared_photos(replace(config, data=data), PHOTOS)
     return {str(world): run_consumers(photos, world, DEMAND) for world in ([int(only)] if only else CONSUMERS)}
