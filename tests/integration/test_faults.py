@@ -90,6 +90,7 @@ def until(step: int):
     return work
 
 
+@pytest.mark.long
 def test_a_run_of_two_workers_goes_on_with_one_and_with_two_again(first, loop):
     """The same global batch and images at every step, through interruptions between two lines of metrics and two checkpoints."""
     train = replace(loop.train, steps=6, images_per_step=16, log_every=2, checkpoint_every=4, validate_every=6)

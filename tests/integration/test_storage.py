@@ -37,6 +37,7 @@ def failing(port):
         yield counts
 
 
+@pytest.mark.long
 def test_files_come_and_go_whole(failing):
     files = open_folder("s3://bucket/some/folder", create=True)
     draw = random.Random(0)

@@ -25,6 +25,7 @@ def options(first, run: Path, *overrides: str) -> list[str]:
     return [f"data.shards={data}", f"distill.teacher={first.distill.teacher}", *STEPS, *overrides]
 
 
+@pytest.mark.long
 def test_trials_share_a_warm_start_and_the_best_is_left(first):
     run = Path(first.run).parent / "sweep"
     config = settings(run, *options(first, run, "sweep.space={distill.loss.alpha: 0 | 0.5}", "sweep.scheduler=none"))
