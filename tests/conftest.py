@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+import torch.distributed as dist
 from sharp import sharpen
 
 from geodistill.config import ModelConfig, VisionConfig
@@ -90,6 +91,21 @@ def messages():
         return found[:-1]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def process_group(tmp_path_factory):
+    """A process group of this process. One for the session: DeepSpeed keeps to the first that it meets."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path_factory.mktemp('group')}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def alone(process_group, monkeypatch):
+    """Inside the test: what DeepSpeed reads of a worker that is alone."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
 
 
 def _model(tokenizer, hidden: int, heads: int, seed: int, tower=None):

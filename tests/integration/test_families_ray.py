@@ -7,6 +7,7 @@ from tiny import history, settings, train
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 
+@pytest.mark.long
 def test_qwen_distils_into_qwen_and_is_evaluated(first, tmp_path):
     from geodistill.evaluate.benchmarks import evaluate
     from geodistill.models import assemble

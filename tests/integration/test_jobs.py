@@ -66,7 +66,7 @@ def test_a_killed_on_policy_loop_goes_on_where_it_was(pipeline):
     """SIGKILL between two checkpoints; the same command goes on and ends with the figures and weights of an unbroken run."""
     run, _ = pipeline
     common = ["data.shards=" + str(run / "data"), f"distill.teacher={run}/teacher/model", "distill.warm_start.steps=0",
-              "distill.train.steps=24", "distill.train.checkpoint_every=4", "distill.train.validate_every=24"]  # fmt: skip
+              "distill.train.steps=16", "distill.train.checkpoint_every=4", "distill.train.validate_every=16"]  # fmt: skip
     unbroken, killed = run.parent / "unbroken", run.parent / "killed"
     run_job("distill", f"run={unbroken}", *common)
     with tempfile.TemporaryFile("w+") as said:

@@ -1,12 +1,10 @@
 """S3, a real server on this machine, of which every fifth request fails: what is written is read again, whole."""
 
-import os
 import random
 
 import pyarrow as pa
 import pytest
 import torch
-import torch.distributed as dist
 from pyarrow import fs
 from torch import nn
 
@@ -51,26 +49,21 @@ def test_files_come_and_go_whole(failing):
         read_json(files, "missing.json")
 
 
-def test_checkpoints_on_s3(failing, tmp_path):
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        torch.manual_seed(0)
-        run, again = (engine.start(nn.Linear(300, 400), TrainConfig(), ClusterConfig(zero_stage=1), passes=1) for _ in range(2))
-        kept = Checkpoints("s3://bucket/checkpoints", "this", "stage", 0, 1, torch.device("cpu"), 2)
-        for step in range(1, 5):
-            run.backward(run(torch.ones(2, 300)).pow(2).mean())
-            run.step()
-            kept.save(run, Progress(step=step, last=float(step)), {})
-        kept.wait()
-        assert newest_step("s3://bucket/checkpoints") == 4
-        found = Checkpoints("s3://bucket/checkpoints", "this", "stage", 0, 1, torch.device("cpu"), 2).restore(again)
-        assert found.progress.step == 4
-        assert torch.equal(run.module.weight, again.module.weight)
-        names = {info.base_name for info in open_folder("s3://bucket/checkpoints").get_file_info(fs.FileSelector(""))}
-        assert names == {"step-000001", "step-000003", "step-000004"}  # the best and the last two
-    finally:
-        dist.destroy_process_group()
+def test_checkpoints_on_s3(failing, alone):
+    torch.manual_seed(0)
+    run, again = (engine.start(nn.Linear(300, 400), TrainConfig(), ClusterConfig(zero_stage=1), passes=1) for _ in range(2))
+    kept = Checkpoints("s3://bucket/checkpoints", "this", "stage", 0, 1, torch.device("cpu"), 2)
+    for step in range(1, 5):
+        run.backward(run(torch.ones(2, 300)).pow(2).mean())
+        run.step()
+        kept.save(run, Progress(step=step, last=float(step)), {})
+    kept.wait()
+    assert newest_step("s3://bucket/checkpoints") == 4
+    found = Checkpoints("s3://bucket/checkpoints", "this", "stage", 0, 1, torch.device("cpu"), 2).restore(again)
+    assert found.progress.step == 4
+    assert torch.equal(run.module.weight, again.module.weight)
+    names = {info.base_name for info in open_folder("s3://bucket/checkpoints").get_file_info(fs.FileSelector(""))}
+    assert names == {"step-000001", "step-000003", "step-000004"}  # the best and the last two
 
 
 def test_what_cannot_be_mended_is_not_tried_again():

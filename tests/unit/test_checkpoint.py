@@ -103,17 +103,6 @@ def by_two(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """A process group of this process."""
-    before = dict(os.environ)
-    begin(tmp_path_factory.mktemp("group") / "store", 0, 1)
-    yield
-    dist.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(before)
-
-
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(("stage", "precision"), KINDS)
 def test_nothing_is_lost_at_any_zero_stage(by_two, stage, precision):

@@ -1,11 +1,9 @@
 """ZeRO 3 in one process: a rollout gathers the student once, and buffers keep their precision."""
 
 import copy
-import os
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from geodistill.config import ClusterConfig, LossConfig, TrainConfig
@@ -14,23 +12,9 @@ from geodistill.distill.step import Distiller
 from geodistill.models.row_model import RowModel
 from geodistill.train import engine
 
-ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
-
-
-@pytest.fixture(scope="module")
-def group(tmp_path_factory):
-    """A process group of this process alone."""
-    before = {key: os.environ.get(key) for key in ALONE}
-    os.environ.update(ALONE)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path_factory.mktemp('group')}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-    for key, value in before.items():
-        os.environ.pop(key) if value is None else os.environ.update({key: value})
-
 
 @pytest.fixture
-def count(monkeypatch, group):
+def count(monkeypatch, alone):
     """How often the weights of a layer were asked for, and how often those of a whole model."""
     import deepspeed
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
@@ -86,7 +70,7 @@ def test_a_rollout_gathers_each_model_once_and_an_update_layer_by_layer(
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_bf16_leaves_rotary_frequencies_in_float32(group, student, stage):
+def test_bf16_leaves_rotary_frequencies_in_float32(alone, student, stage):
     learner = RowModel(copy.deepcopy(student))
     exact = learner.model.model.language_model.rotary_emb.inv_freq.clone()
     start(learner, "bf16", stage)
