@@ -35,7 +35,7 @@ PHOTOS = 12416  # of which 1 % are for validation: 6 steps of 512 consumers
 MICRO, STEP = 2, 4  # images of a micro-batch (and of a row group), and of a consumer's step
 SIZE = 168  # pixels that the model would see: photographs of 512 are decoded all the same, and windows of all consumers fit
 WINDOW = 24  # micro-batches
-DEMAND = 60.0  # images a second of all consumers; two cores also start each consumer's executions, a third of a second each
+DEMAND = 40.0  # images a second of all consumers; two cores decode three times as many, but also start a thousand executions
 PROCESSES = 8  # actors that the consumers' threads are spread over
 
 

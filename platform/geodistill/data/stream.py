@@ -9,6 +9,7 @@ import functools
 import json
 import logging
 import pickle
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,9 @@ from geodistill.data.record import CLIP_MEAN, BadRecord, ImageRecord, open_image
 from geodistill.data.rows import Packer, Question
 from geodistill.data.shards import Group, groups, load_manifest, read_group
 from geodistill.language import speaks_of_place
+
+# of Ray Data in one process at a time: each polls its tasks ten times a second, which with hundreds would leave them no CPU
+EXECUTIONS = threading.BoundedSemaphore(2)
 
 
 @dataclass
@@ -251,7 +255,9 @@ def stream(
         tasks = config.cluster.data_tasks
         window = ray.data.from_items(items[first:last], override_num_blocks=min(last - first, 4 * tasks))
         pool = ray.data.TaskPoolStrategy(size=tasks)
-        return window.map_batches(load, batch_size=1, batch_format="pyarrow", num_cpus=0.5, compute=pool).materialize()
+        decoded = window.map_batches(load, batch_size=1, batch_format="pyarrow", num_cpus=0.5, compute=pool)
+        with EXECUTIONS:
+            return decoded.materialize()
 
     # One window is trained on while the next is decoded: memory is bounded by two windows. One long execution with
     # back-pressure would do the same, but its scheduler then spins in the trainer's process and halves its speed.
