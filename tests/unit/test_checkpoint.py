@@ -112,7 +112,7 @@ def test_nothing_is_lost_at_any_zero_stage(by_two, stage, precision):
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("now", [0, 1, 3])
+@pytest.mark.parametrize("now", [0, 1, 2])  # 3 would replace torch's linear for the tests behind this one
 @pytest.mark.parametrize("stage", [1, 3])
 def test_one_worker_goes_on_from_the_checkpoint_of_two(by_two, alone, stage, now):
     run = learner(now)
