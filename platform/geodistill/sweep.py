@@ -91,7 +91,11 @@ class Remembered(AsyncHyperBandScheduler):
     def __init__(self, journal: Path, **options: Any):
         super().__init__(time_attr=STEP, **options)
         self.journal = journal
-        rows = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+        lines = journal.read_text().splitlines(keepends=True) if journal.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]  # a killed sweep may leave half a line
+        if len(whole) < len(lines):
+            journal.write_text("".join(whole))
+        rows = [json.loads(line) for line in whole]
         self.taken = {(row["trial"], row[STEP]): row["action"] for row in rows}
 
     def on_trial_result(self, tune_controller, trial, result: dict) -> str:

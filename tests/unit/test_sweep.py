@@ -111,6 +111,8 @@ def test_a_resumed_sweep_takes_the_decisions_of_an_unbroken_one(tmp_path):
     for cut in (1, 5, 11):
         journal = tmp_path / f"{cut}.jsonl"
         before = run(scheduler(journal), curves, cut)
+        with journal.open("a") as file:
+            file.write('{"trial": "alpha=')  # killed while it wrote
         assert run(scheduler(journal), curves) == unbroken
         assert {k: v for k, v in unbroken.items() if k in before} == before
         assert len(journal.read_text().splitlines()) == len(unbroken)  # nothing twice

@@ -113,7 +113,7 @@ def test_every_worker_needs_a_gpu():
 
 def test_what_is_tried_again():
     """A lost worker as often as asked, a figure that is not finite once, and never what would come back."""
-    assert retries(RuntimeError("connection closed by peer"), 3) == 3
+    assert retries(RuntimeError("connection closed by peer"), 3) == retries(ConnectionResetError("peer"), 3) == 3
     assert retries(NotFinite("the loss"), 3) == 1 and retries(NotFinite("the loss"), 0) == 0
     assert retries(ValueError("a shard"), 3) == retries(CheckpointFailed("a full disk"), 3) == 0
 

@@ -255,6 +255,8 @@ def reason_of(error: BaseException) -> BaseException:
 
 
 def _is_ours(cause: BaseException) -> bool:
+    if isinstance(cause, (ConnectionError, TimeoutError)):  # a neighbour or the network is gone
+        return False
     return isinstance(cause, (ValueError, OSError)) or type(cause).__name__ == "NotFinite"
 
 
