@@ -42,6 +42,7 @@ _PLACE = re.compile(
 )
 _NUMBER = r"<\s*(-?\d+(?:\.\d+)?)\s*>"
 _BOX = re.compile(r"\{" + _NUMBER * 4 + r"(?:\|" + _NUMBER + r")?\}")
+_PHRASE = re.compile(r"<p>(.*?)</p>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,18 @@ def format_boxes(boxes: list[Box]) -> str:
 def parse_boxes(text: str) -> list[Box]:
     """Every box in `text`, in order. A missing angle is 0. Text without a box gives an empty list."""
     return [Box(*(float(v) if "." in v else int(v) for v in m.groups("0"))) for m in _BOX.finditer(text)]
+
+
+def labelled_boxes(answer: str, question: str = "") -> list[tuple[str, Box]]:
+    """(label, box) of every box in an answer: the last phrase `<p>...</p>` before it, else the one that the question asks for."""
+    asked = _PHRASE.search(question)
+    found, label, at = [], asked[1].strip() if asked else "", 0
+    for match in _BOX.finditer(answer):
+        for phrase in _PHRASE.finditer(answer, at, match.start()):
+            label = phrase[1].strip()
+        at = match.end()
+        found.append((label, parse_boxes(match[0])[0]))
+    return found
 
 
 def box_corners(box: Box, width: float, height: float, counter_clockwise: bool = True) -> list[tuple[float, float]]:

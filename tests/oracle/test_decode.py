@@ -9,7 +9,8 @@ from transformers.cache_utils import DynamicLayer
 
 from geodistill.data.record import Conversation
 from geodistill.data.rows import respond
-from geodistill.distill.decode import GrowingLayer, decode, log_probabilities, mix
+from geodistill.distill.cache import GrowingLayer, beginning, begun
+from geodistill.distill.decode import Decoder, decode, log_probabilities, mix
 from geodistill.models import assemble
 from geodistill.models.row_model import RowModel
 
@@ -184,3 +185,46 @@ def test_the_growing_cache_holds_what_transformers_own_holds():
             growing.batch_select_indices(kept)
             plain.batch_select_indices(kept)
     assert 4 <= len(buffers) <= 8
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+def test_rows_that_join_between_steps_write_what_they_write_alone(alpha, pair, make_packer, questions, pixels, forbidden, end):
+    """Images join one after another, some twice and then from what was kept of them; some branches leave before their end."""
+    packer, weights, limit = make_packer(3), [alpha, 1 - alpha], 20
+    prefix = len(packer.prefix)
+    order = [0, 1, 2, 0, 3, 4, 1, 5, 0, 6, 7, 7, 8, 2, 9]
+    asked = [questions[image][at % 2 : at % 2 + 4] for at, image in enumerate(order)]
+    decoder = Decoder(pair, weights, forbidden, end, fixed=False)
+    assert decoder.can_join
+    expected, written, kept, gone, rows_at_once = {}, {}, {}, set(), set()
+    with torch.inference_mode():
+        for at, image in enumerate(order):
+            rows = packer.pack([asked[at]])
+            alone = write(pair, weights, rows, pixels[image][None], forbidden, end, limit=limit, greedy=True)
+            names = at * 100 + rows.question_Rn
+            for name, tokens, length in zip(
+                names[rows.alive_Rn].tolist(), alone.tokens_RnT[rows.alive_Rn], alone.length_Rn[rows.alive_Rn], strict=True
+            ):
+                expected[name] = tokens[:length].tolist()
+            if image in kept:
+                known = {i: begun(pair[i].model, [kept[image][i]] * len(rows.ids_RP)) for i in decoder.writers}
+                decoder.join(rows, [None, None], names, torch.full_like(names, limit), known)
+            else:
+                images = [model.project(model.see(pixels[image][None])) for model in pair]
+                found = decoder.join(rows, images, names, torch.full_like(names, limit))
+                kept[image] = {i: beginning(cache, 0, prefix) for i, cache in found.items()}
+            if at % 4 == 3:
+                leaves = int(decoder.branches.number_B[-1])
+                gone.add(leaves)
+                decoder.leave(decoder.branches.number_B == leaves)
+            for _ in range(at % 3 + 1 if at + 1 < len(order) else limit):
+                if not len(decoder.branches):
+                    break
+                rows_at_once.add(len(decoder.branch_RK))
+                step = decoder.step(lambda log_p: log_p.argmax(-1))
+                for name, token in zip(step.number_B.tolist(), step.token_B.tolist(), strict=True):
+                    written.setdefault(name, []).append(token)
+    assert len(gone) == 3 and max(rows_at_once) > 4 and len(expected) > 40
+    for name, tokens in expected.items():
+        found = written.get(name, [])
+        assert found == tokens[: len(found)] if name in gone else found == tokens, name

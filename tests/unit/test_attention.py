@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from geodistill.config import ConfigError, load
 from geodistill.data.rows import attends
-from geodistill.distill.decode import new_cache
+from geodistill.distill.cache import new_cache
 from geodistill.models import attention
 from geodistill.models.attention import block_mask, faster
 from geodistill.models.row_model import RowModel

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausa
 
 from geodistill.config import Config, ModelConfig, TrainConfig, changed, load, save
 from geodistill.data.rows import Responses, Rows, respond
-from geodistill.distill.decode import new_cache
+from geodistill.distill.cache import new_cache
 from geodistill.distill.step import Distiller
 from geodistill.models.cost import TOKENS, architecture, shape, size
 from geodistill.models.row_model import RowModel

@@ -9,9 +9,11 @@ from PIL import Image
 from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
-from geodistill.data.record import BadRecord
+from geodistill.data.record import MAX_PIXELS, BadRecord
 
 PERCENTILES = (2.0, 98.0)
+# of GDAL; not those that read other files than the one they are given, or from other hosts
+_DRIVERS = ["GTiff", "JP2OpenJPEG", "PNG", "JPEG", "GIF", "BMP", "WEBP", "HFA", "NITF"]
 _EIGHT_BIT = ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LA")
 
 
@@ -32,7 +34,12 @@ def _deep(image: Image.Image, data: bytes) -> bool:
     return image.format == "PNG" and data[24] > 8  # the bit depth in its header
 
 
-def displayable(data: bytes, record: str, bands: list[int]) -> tuple[bytes, int, int]:
+def _need_pixels(width: int, height: int, most: int, record: str) -> None:
+    if width * height > most:
+        raise BadRecord(record, "image", f"{width}x{height} pixels is over the limit of {most}")
+
+
+def displayable(data: bytes, record: str, bands: list[int], max_pixels: int = MAX_PIXELS) -> tuple[bytes, int, int]:
     """(encoded image that Pillow shows truly, width, height in pixels).
 
     8-bit images that Pillow shows stay as they are. Others (16 bits, floats, more bands) are read by rasterio: the bands
@@ -41,16 +48,20 @@ def displayable(data: bytes, record: str, bands: list[int]) -> tuple[bytes, int,
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
+            _need_pixels(image.width, image.height, max_pixels, record)
             if image.mode in _EIGHT_BIT and not bands and not _deep(image, data):
                 return data, image.width, image.height
     except Image.DecompressionBombError as error:
         raise BadRecord(record, "image", f"cannot be decoded ({error})") from error
+    except BadRecord:
+        raise
     except (OSError, SyntaxError, ValueError):
         pass  # Pillow does not know it; rasterio may
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.MemoryFile(data) as memory, memory.open() as raster:
+            with rasterio.MemoryFile(data) as memory, memory.open(driver=_DRIVERS) as raster:
+                _need_pixels(raster.width, raster.height, max_pixels, record)
                 wanted = bands or ([1, 2, 3] if raster.count >= 3 else [1])
                 if max(wanted) > raster.count:
                     reason = f"has {raster.count} bands, but data.bands asks for {max(wanted)}"

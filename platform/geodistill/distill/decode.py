@@ -1,19 +1,22 @@
 """The one decode loop over image rows: a weighted mixture of one or two models, sampled or greedy.
 
-Teacher-mixed sampling, evaluation and serving all call `decode`. Each step feeds one token per unfinished branch to every
-model that writes, so n questions on one image advance together on one KV cache per model.
-Shapes: R rows, n branches, T steps, W branches fed in a step, M response tokens in all, V vocabulary.
+A `Decoder` feeds one token per unfinished branch to every model that writes, so n questions on one image advance together on
+one KV cache per model. Teacher-mixed sampling and evaluation `decode` a batch of rows to its end; in serving, rows join between
+two steps.
+Shapes: R rows, n branches a row, B branches in hand, T steps, W branches of a row fed in a step, K columns that were read,
+M response tokens in all, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from geodistill.data.rows import PADDING, Rows, attends
+from geodistill.distill.cache import GrowingLayer, fixed_step, new_cache
 
 NO_TOKEN = -1  # what is not a response token has no number
 FAR = 2**40  # a position behind all others
@@ -42,125 +45,6 @@ def mix(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     if len(used) == 1:
         return used[0][0]
     return torch.logsumexp(torch.stack([part + torch.log(torch.tensor(weight)) for part, weight in used]), dim=0)
-
-
-class GrowingLayer(DynamicLayer):
-    """Keys and values of one layer in a buffer with room to grow: a step copies its own columns, not all that came before.
-
-    `keys` and `values` [R, heads, K, D] are views of that buffer. at [W]: the columns that a step of fixed shapes writes, as a
-    tensor; it then attends to the whole buffer, so its mask must hide what is not written yet.
-    """
-
-    keys: Tensor
-    values: Tensor
-    buffer: Tensor
-    at: Tensor | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if self.at is not None:
-            self.buffer[0].index_copy_(2, self.at, key_states)
-            self.buffer[1].index_copy_(2, self.at, value_states)
-            return self.buffer[0], self.buffer[1]
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.buffer = key_states.new_empty((2, *key_states.shape[:2], 0, key_states.shape[3]))
-        columns = self.reserve(key_states.shape[2])
-        used = columns - key_states.shape[2]
-        self.buffer[0, :, :, used:columns], self.buffer[1, :, :, used:columns] = key_states, value_states
-        self.show(columns)
-        return self.keys, self.values
-
-    def reserve(self, width: int) -> int:
-        """Make room for `width` more columns; how many there are then."""
-        used = self.get_seq_length()
-        columns = used + width
-        if columns > self.buffer.shape[3]:
-            rows, heads, _, size = self.buffer.shape[1:]
-            grown = self.buffer.new_zeros((2, rows, heads, columns + min(columns // 2, 256), size))
-            if used:
-                grown[0, :, :, :used], grown[1, :, :, :used] = self.keys, self.values
-            self.buffer = grown
-        return columns
-
-    def show(self, columns: int) -> None:
-        """Take the first columns of the buffer as those that are there."""
-        self.keys, self.values = self.buffer[0, :, :, :columns], self.buffer[1, :, :, :columns]
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices`; the buffer is made anew at the next step."""
-        super().batch_select_indices(indices)
-        rows, heads, _, size = self.keys.shape
-        self.buffer = self.keys.new_empty((2, rows, heads, 0, size))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise NotImplementedError("branches of an image row are no beams")
-
-
-def new_cache(model) -> DynamicCache:
-    """An empty key-value cache for the language model of `model`, a transformers model."""
-    cache = DynamicCache(config=model.config.get_text_config())
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
-
-
-class FixedStep:
-    """Decoding steps of one model with tensors that stay in place, so that a GPU replays them as one CUDA graph: launching the
-    kernels of a step one by one takes longer than they run. Recorded anew where rows, branches or the cache's buffer change.
-
-    model: a RowModel that takes the row mask; cache: its KV cache after the prompts, all of GrowingLayers.
-    """
-
-    def __init__(self, model, cache: DynamicCache):
-        self.model, self.cache = model, cache
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.shape: tuple[int, ...] = ()
-
-    def __call__(self, ids_RW: Tensor, position_RW: Tensor, mask_R1WK: Tensor) -> Tensor:
-        """Last hidden states [R, W, D], which the next step overwrites."""
-        layers, width = self.cache.layers, ids_RW.shape[1]
-        columns = [layer.reserve(width) for layer in layers][-1]
-        shape = (*ids_RW.shape, layers[0].buffer.shape[3])
-        if new := shape != self.shape:
-            self.shape, self.graph = shape, None
-            self.ids, self.position = torch.empty_like(ids_RW), torch.empty_like(position_RW)
-            self.mask = mask_R1WK.new_zeros((len(ids_RW), 1, width, shape[-1]))
-            self.at = torch.empty(width, dtype=torch.long, device=ids_RW.device)
-        self.ids.copy_(ids_RW)
-        self.position.copy_(position_RW)
-        self.mask[..., :columns] = mask_R1WK
-        torch.arange(columns - width, columns, out=self.at)
-        for layer in layers:
-            layer.at = self.at
-        if new and ids_RW.is_cuda:
-            self._record()
-        if self.graph is not None:
-            self.graph.replay()
-        else:
-            self.hidden = self._run()
-        for layer in layers:
-            layer.at = None
-            layer.show(columns)
-        return self.hidden
-
-    def _run(self) -> Tensor:
-        return self.model.hidden(self.ids, self.position, self.mask, None, self.cache)
-
-    def _record(self) -> None:
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # what libraries allocate at their first call must not be recorded
-            self._run()
-        torch.cuda.current_stream().wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.hidden = self._run()
-
-
-def fixed_step(model, cache: DynamicCache) -> FixedStep | None:
-    """Fixed steps for a model that can make them: not where it takes no row mask, or is quantised (its kernels wait for the
-    host), or its cache is of another kind."""
-    grows = all(type(layer) is GrowingLayer for layer in cache.layers)
-    return FixedStep(model, cache) if grows and model.takes_rows and not getattr(model.model, "is_quantized", False) else None
 
 
 class Follower:
@@ -202,6 +86,199 @@ class Follower:
         self.branch_RK, self.position_RK = self.branch_RK[left], self.position_RK[left]
 
 
+@dataclass
+class Branches:
+    """The branches in hand, row by row: what each is called by who asked, where it is, and what it is fed next."""
+
+    number_B: Tensor
+    row_B: Tensor  # in the caches
+    code_B: Tensor  # in the row mask
+    position_B: Tensor  # of the token to be fed
+    token_B: Tensor  # to be fed
+    left_B: Tensor  # tokens that it may still get
+
+    def __getitem__(self, which: Tensor) -> "Branches":
+        return Branches(*(part[which] for part in vars(self).values()))
+
+    def __add__(self, other: "Branches") -> "Branches":
+        return Branches(*(torch.cat(parts) for parts in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def __len__(self) -> int:
+        return len(self.number_B)
+
+
+@dataclass
+class Step:
+    """One token of every branch in hand. finished: it was the end token, or the last that the branch may have."""
+
+    number_B: Tensor
+    token_B: Tensor
+    finished_B: Tensor
+    mixture_B: Tensor  # log p~ of the token
+    log_pB: dict[int, Tensor]  # the same of each model that writes
+    hidden_BD: Tensor | None  # last hidden states of the kept model, where it writes
+
+
+class Decoder:
+    """Models that write together, token by token, and the branches that they have in hand; rows join between two steps.
+
+    models: RowModels over one vocabulary; weights: their shares, summing to 1. forbidden: bool [V], tokens that no response may
+    hold. end: the end token, part of the response. keep: the number of the model whose hidden states at every response position
+    are wanted; with a share of 0 it writes nothing, and `follower` reads behind the others (no row can join then). fixed: steps
+    of fixed shapes, as CUDA graphs on a GPU; None: there alone.
+    """
+
+    def __init__(
+        self,
+        models: Sequence,
+        weights: Sequence[float],
+        forbidden: Tensor,
+        end: int,
+        temperature: float = 1.0,
+        keep: int | None = None,
+        fixed: bool | None = None,
+    ):
+        assert abs(sum(weights) - 1) < 1e-6
+        self.models, self.weights = models, weights
+        self.forbidden, self.end, self.temperature, self.keep = forbidden, end, temperature, keep
+        self.writers = [i for i, weight in enumerate(weights) if weight > 0]
+        self.fixed = forbidden.device.type == "cuda" if fixed is None else fixed
+        self.caches: dict[int, DynamicCache] = {}
+        self.branches = Branches(*[torch.zeros(0, dtype=torch.long, device=forbidden.device)] * 6)
+        self.follower: Follower | None = None
+        self.changed = False  # since where each branch is fed was chosen
+
+    def join(
+        self,
+        rows: Rows,
+        images: Sequence[Tensor | None],
+        number_Rn: Tensor,
+        limit_Rn: Tensor,
+        begun: dict[int, DynamicCache] | None = None,
+    ) -> dict[int, DynamicCache]:
+        """Read the prompts of `rows`; their branches are written from the next step on. Returns what each writer keeps of them.
+
+        images: for each model the image embeddings [B, N, D] behind its projector. number: what to call each branch by; limit:
+        tokens that it gets at most. begun: caches of the writers that have read the first columns of the rows, all image tokens
+        among them; they are extended in place.
+        """
+        caches = begun or {i: new_cache(self.models[i].model) for i in self.writers}
+        known = caches[self.writers[0]].get_seq_length()
+        fed = slice(known, None)
+        mask = attends(rows.branch_RP[:, fed], rows.position_RP[:, fed], rows.branch_RP, rows.position_RP)
+        for i in self.writers:
+            z = None if known else images[i][rows.image_I]  # type: ignore[index]
+            self.models[i].hidden(rows.ids_RP[:, fed], rows.position_RP[:, fed], mask, z, caches[i])
+        if self.keep is not None and self.keep not in self.writers:
+            assert self.follower is None, "a model that follows cannot have rows join"
+            self.follower = Follower(self.models[self.keep], rows, images[self.keep][rows.image_I])  # type: ignore[index]
+        if len(self.branches):
+            self._make_room(caches, rows.branch_RP)
+        else:
+            self.caches, self.branch_RK = dict(caches), rows.branch_RP
+            self.branches = self.branches[:0]
+        first, alive = len(self.branch_RK) - len(rows.ids_RP), rows.alive_Rn
+        row = alive.nonzero()[:, 0] + first
+        self.branches += Branches(
+            number_Rn[alive], row, rows.branch_Rn[alive], rows.start_Rn[alive], rows.last_Rn[alive], limit_Rn[alive]
+        )
+        self.fixed_steps = {i: fixed_step(self.models[i], self.caches[i]) if self.fixed else None for i in self.writers}
+        self.changed = True
+        return caches
+
+    def _make_room(self, caches: dict[int, DynamicCache], branch_RP: Tensor) -> None:
+        """Put the rows of `caches` behind those in hand, of which only what a branch in hand may still see is kept."""
+        mine = self.branches
+        seen_BK = attends(mine.code_B[:, None], torch.full_like(mine.code_B[:, None], FAR), *self._columns(mine.row_B))[:, 0, 0]
+        used_RK = torch.zeros_like(self.branch_RK).index_add_(0, mine.row_B, seen_BK.long()) > 0
+        kept = used_RK.any(1).nonzero()[:, 0]
+        mine.row_B = torch.searchsorted(kept, mine.row_B)
+        used = used_RK[kept]
+        order = torch.argsort((~used).to(torch.uint8), dim=1, stable=True)[:, : int(used.sum(1).max())]
+        branch = torch.where(used, self.branch_RK[kept], PADDING).gather(1, order)
+        columns = max(branch.shape[1], branch_RP.shape[1])
+        self.branch_RK = torch.cat([pad(part, (0, columns - part.shape[1]), value=PADDING) for part in (branch, branch_RP)])
+        for i in self.writers:
+            for layer, other in zip(self.caches[i].layers, caches[i].layers, strict=True):
+                assert isinstance(layer, GrowingLayer) and isinstance(other, GrowingLayer), "rows join where `can_join` says so"
+                layer.join(kept, order, other)
+
+    @property
+    def can_join(self) -> bool:
+        """Can rows join others? Not those of models with caches of other kinds (windows, states)."""
+        caches = [self.caches.get(i) or new_cache(self.models[i].model) for i in self.writers]
+        return all(isinstance(layer, GrowingLayer) for cache in caches for layer in cache.layers)
+
+    def _columns(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        branch = self.branch_RK[row]
+        return branch, torch.zeros_like(branch)
+
+    def leave(self, gone_B: Tensor) -> None:
+        """Write the branches `gone_B` (bool) no further."""
+        self.branches = self.branches[~gone_B]
+        self.changed = True
+
+    def _lay_out(self) -> None:
+        """Choose where each branch is fed, and what it sees of the columns so far. Rows without branches leave caches and masks
+        once they are half of all."""
+        mine = self.branches
+        count_R = torch.bincount(mine.row_B, minlength=len(self.branch_RK))
+        writing = count_R > 0
+        if 2 * int(writing.sum()) <= len(writing):
+            left = writing.nonzero()[:, 0]
+            self.branch_RK, count_R = self.branch_RK[left], count_R[left]
+            for i in self.writers:
+                self.caches[i].batch_select_indices(left)
+            if self.follower:
+                self.follower.keep_rows(left)
+            mine.row_B = torch.searchsorted(left, mine.row_B)
+        first_R = count_R.cumsum(0) - count_R
+        self.place = mine.row_B, torch.arange(len(mine), device=first_R.device) - first_R[mine.row_B]
+        width = int(count_R.max())
+        self.nothing = count_R.new_zeros((len(count_R), width))
+        self.fed_branch = self.nothing.fill_(PADDING).index_put(self.place, mine.code_B)
+        self.nothing.zero_()
+        known = self.branch_RK.shape[1]
+        room = known + width * int(mine.left_B.max())
+        self.seen = torch.zeros((len(count_R), 1, width, room), dtype=torch.bool, device=first_R.device)
+        far = torch.full_like(self.fed_branch, FAR)
+        self.seen[..., :known] = attends(self.fed_branch, far, self.branch_RK, torch.zeros_like(self.branch_RK))
+        self.own = torch.eye(width, dtype=torch.bool, device=first_R.device) & (self.fed_branch != PADDING)[:, None, None, :]
+        self.changed = False
+
+    def step(self, draw: Callable[[Tensor], Tensor], number_B: Tensor | None = None) -> Step:
+        """One token more of every branch in hand. draw: log p~ [B, V] -> tokens [B]. number: of these tokens, for `follower`."""
+        if self.changed:
+            self._lay_out()
+        mine = self.branches
+        ids, position = (self.nothing.index_put(self.place, part) for part in (mine.token_B, mine.position_B))
+        known = self.branch_RK.shape[1]
+        columns = known + ids.shape[1]
+        self.seen[..., known:columns] = self.own
+        self.branch_RK = torch.cat([self.branch_RK, self.fed_branch], 1)
+        if self.follower:
+            assert number_B is not None
+            self.follower.wait(ids, self.fed_branch, position, self.nothing.index_put(self.place, number_B))
+        log_p, kept = {}, None
+        for i in self.writers:
+            if step := self.fixed_steps[i]:
+                hidden = step(ids, position, self.seen[..., :columns])[self.place]
+            else:
+                hidden = self.models[i].hidden(ids, position, self.seen[..., :columns], None, self.caches[i])[self.place]
+            log_p[i] = log_probabilities(self.models[i].head(hidden), self.temperature, self.forbidden)
+            if i == self.keep:
+                kept = hidden
+        mixed = mix([log_p.get(i, torch.empty(0)) for i in range(len(self.models))], self.weights)
+        drawn = draw(mixed)
+        mine.token_B, mine.position_B, mine.left_B = drawn, mine.position_B + 1, mine.left_B - 1
+        finished = (drawn == self.end) | (mine.left_B == 0)
+        own = {i: log_p[i].gather(-1, drawn[:, None])[:, 0] for i in self.writers}
+        found = Step(mine.number_B, drawn, finished, mixed.gather(-1, drawn[:, None])[:, 0], own, kept)
+        if bool(finished.any()):
+            self.leave(finished)
+        return found
+
+
 @torch.no_grad()
 def decode(
     models: Sequence,
@@ -217,98 +294,40 @@ def decode(
     generator: torch.Generator | None = None,
     fixed: bool | None = None,
 ) -> Rollout:
-    """Let `models` write the responses of `rows` together.
-
-    models: RowModels over one vocabulary; weights: their shares, summing to 1. images: for each model the image embeddings
-    [B, N, D] behind its projector. limit: tokens at most. forbidden: bool [V], tokens that no response may hold. end: the end
-    token, part of the response. keep: the number of the model whose hidden states at every response position are returned;
-    with a share of 0 it writes nothing, and reads the responses in one pass behind the others (again where rows have ended).
-    fixed: steps of fixed shapes, as CUDA graphs on a GPU; None: there alone.
-    """
-    assert abs(sum(weights) - 1) < 1e-6
-    device = rows.ids_RP.device
+    """Let `models` write the responses of `rows` together, to the end token or `limit` tokens. The rest is as in `Decoder`."""
     R, n = rows.last_Rn.shape
-    writers = [i for i, weight in enumerate(weights) if weight > 0]
-    follower = Follower(models[keep], rows, images[keep][rows.image_I]) if keep is not None and keep not in writers else None
-    caches = {i: new_cache(models[i].model) for i in writers}
-    prompt_mask = attends(rows.branch_RP, rows.position_RP, rows.branch_RP, rows.position_RP)
-    for i in writers:
-        models[i].hidden(rows.ids_RP, rows.position_RP, prompt_mask, images[i][rows.image_I], caches[i])
-    fixed = device.type == "cuda" if fixed is None else fixed
-    fixed_steps = {i: fixed_step(models[i], caches[i]) if fixed else None for i in writers}
+    decoder = Decoder(models, weights, forbidden, end, temperature, keep, fixed)
+    number_Rn = torch.arange(R * n, device=forbidden.device).view(R, n)
+    decoder.join(rows, images, number_Rn, torch.full_like(number_Rn, limit))
 
-    # `kept_rows`: the rows that are still written, by their number in `rows`; finished ones leave caches and masks.
-    kept_rows = torch.arange(R, device=device)
-    branch_RK = rows.branch_RP
-    token, alive = rows.last_Rn.clone(), rows.alive_Rn.clone()
-    tokens = torch.zeros((R, n, limit), dtype=torch.long, device=device)
-    length = torch.zeros((R, n), dtype=torch.long, device=device)
-    mixture_steps, kept_steps, number_steps = [], [], []
-    own_steps: dict[int, list[Tensor]] = {i: [] for i in writers}
-    steps, ended = 0, True
-    while steps < limit:
-        if ended:  # some branch has: choose anew which are fed, and what each of them sees of the columns so far
-            writing = alive[kept_rows].any(1)
-            if not bool(writing.any()):
-                break
-            if 2 * int(writing.sum()) <= len(kept_rows):
-                left = writing.nonzero()[:, 0]
-                kept_rows, branch_RK = kept_rows[left], branch_RK[left]
-                for i in writers:
-                    caches[i].batch_select_indices(left)
-                if follower:
-                    follower.keep_rows(left)
-            unfinished = alive[kept_rows]
-            width = int(unfinished.sum(1).max())
-            chosen = torch.argsort((~unfinished).to(torch.uint8), dim=1, stable=True)[:, :width]
-            live = unfinished.gather(1, chosen)
-            branch = torch.where(live, rows.branch_Rn[kept_rows].gather(1, chosen), PADDING)
-            row, column = live.nonzero(as_tuple=True)
-            slot, row = chosen[row, column], kept_rows[row]
-            known = branch_RK.shape[1]
-            seen = torch.zeros((len(kept_rows), 1, width, known + width * (limit - steps)), dtype=torch.bool, device=device)
-            seen[..., :known] = attends(branch, torch.full_like(branch, FAR), branch_RK, torch.zeros_like(branch_RK))
-            own = torch.eye(width, dtype=torch.bool, device=device) & live[:, None, None, :]
-        position = torch.where(live, rows.start_Rn[kept_rows].gather(1, chosen) + steps, 0)
-        fed = token[kept_rows].gather(1, chosen)
-        seen[..., known : known + width] = own
-        known += width
-        branch_RK = torch.cat([branch_RK, branch], 1)
-        if follower:
-            follower.wait(fed, branch, position, (kept_rows[:, None] * n + chosen) * limit + steps)
-        log_p = {}
-        for i in writers:
-            if step := fixed_steps[i]:
-                hidden = step(fed, position, seen[..., :known])[live]
-            else:
-                hidden = models[i].hidden(fed, position, seen[..., :known], None, caches[i])[live]
-            log_p[i] = log_probabilities(models[i].head(hidden), temperature, forbidden)
-            if i == keep:
-                kept_steps.append(hidden)
-        mixed = mix([log_p.get(i, torch.empty(0)) for i in range(len(models))], weights)
-        drawn = mixed.argmax(-1) if greedy else torch.multinomial(mixed.exp(), 1, generator=generator)[:, 0]
-        tokens[row, slot, steps] = drawn
-        token[row, slot] = drawn
-        length[row, slot] += 1
-        finished = drawn == end
-        alive[row, slot] = ~finished
-        ended = bool(finished.any())
-        mixture_steps.append(mixed.gather(-1, drawn[:, None])[:, 0])
-        for i in writers:
-            own_steps[i].append(log_p[i].gather(-1, drawn[:, None])[:, 0])
-        number_steps.append((row * n + slot) * limit + steps)
-        steps += 1
-    if follower:
-        follower.read()
-        kept_steps, kept_numbers = follower.hidden, follower.numbers
+    def draw(log_p: Tensor) -> Tensor:
+        return log_p.argmax(-1) if greedy else torch.multinomial(log_p.exp(), 1, generator=generator)[:, 0]
+
+    steps: list[Step] = []
+    number_steps = []
+    while len(decoder.branches):
+        number_steps.append(decoder.branches.number_B * limit + len(steps))
+        steps.append(decoder.step(draw, number_steps[-1]))
+    if decoder.follower:
+        decoder.follower.read()
+        kept, kept_numbers = decoder.follower.hidden, decoder.follower.numbers
     else:
-        kept_numbers = number_steps
-    order = torch.argsort(torch.cat(number_steps))
+        kept, kept_numbers = [step.hidden_BD for step in steps if step.hidden_BD is not None], number_steps
+    number_M = torch.cat(number_steps)
+    order = torch.argsort(number_M)
+    drawn_M = torch.cat([step.token_B for step in steps])
+    tokens = torch.zeros(R * n * limit, dtype=torch.long, device=forbidden.device)
+    tokens[number_M] = drawn_M
+    length = torch.bincount(number_M // limit, minlength=R * n)
+    finished = torch.zeros(R * n, dtype=torch.bool, device=forbidden.device)
+    finished[number_M[drawn_M == end] // limit] = True
     return Rollout(
-        tokens_RnT=tokens[..., :steps],
-        length_Rn=length,
-        finished_Rn=rows.alive_Rn & ~alive,
-        mixture_M=torch.cat(mixture_steps)[order],
-        log_pM=[torch.cat(own_steps[i])[order] if i in own_steps else None for i in range(len(models))],
-        kept_MD=torch.cat(kept_steps)[torch.argsort(torch.cat(kept_numbers))] if keep is not None else None,
+        tokens_RnT=tokens.view(R, n, limit)[..., : len(steps)],
+        length_Rn=length.view(R, n),
+        finished_Rn=finished.view(R, n),
+        mixture_M=torch.cat([step.mixture_B for step in steps])[order],
+        log_pM=[
+            torch.cat([step.log_pB[i] for step in steps])[order] if i in decoder.writers else None for i in range(len(models))
+        ],
+        kept_MD=torch.cat(kept)[torch.argsort(torch.cat(kept_numbers))] if keep is not None else None,
     )

@@ -10,13 +10,12 @@ import ray.data
 import torch
 
 from geodistill.config import Config, save
-from geodistill.data.rows import Packer
 from geodistill.data.shards import Group, groups, load_manifest, read_group
 from geodistill.data.stream import MicroBatch, to_micro_batch
 from geodistill.distill.decode import decode
 from geodistill.evaluate import metrics
 from geodistill.models import assemble
-from geodistill.models.row_model import row_model
+from geodistill.models.reader import Reader
 
 SIZE_GROUPS = ("small", "medium", "large")  # of an object that is asked for: GeoChat-Bench's
 MANY = ("geochat_bench", "rsvqa")  # sources of several benchmarks
@@ -28,21 +27,13 @@ class Answerer:
     def __init__(self, config: Config, folder: str, blind: bool):
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.cluster.workers))
         self.config, self.blind = config, blind
-        self.device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
-        model, processor = assemble.load(folder, torch.bfloat16 if config.cluster.precision == "bf16" else torch.float32)
-        self.tokenizer = processor.tokenizer
-        self.model = row_model(model, processor.image_processor, vocabulary=len(self.tokenizer)).to(self.device).eval()
         self.made_with = load_manifest(config.data.shards)["settings"]
+        device, dtype = (
+            "cuda" if config.cluster.use_gpu else "cpu",
+            torch.bfloat16 if config.cluster.precision == "bf16" else torch.float32,
+        )
         options = config.evaluate
-        self.size = assemble.image_side(model, config.image_size)
-        image_token = self.tokenizer.convert_ids_to_tokens(self.model.image_token)
-        with torch.no_grad():
-            tokens = self.model.image_tokens(self.size)
-        self.packer = Packer(self.tokenizer, image_token, tokens, 10**6, options.questions_per_row, self.model.around())
-        self.model.begin(self.packer.prefix, self.packer.prompt, self.size)
-        if not self.model.takes_rows:
-            self.packer.questions_per_row, self.packer.share_rows = 1, False
-        self.forbidden = assemble.forbidden_tokens(self.tokenizer, len(self.tokenizer)).to(self.device)
+        self.reader = Reader(folder, device, dtype, options.questions_per_row, image_size=config.image_size)
 
     def __call__(self, row: dict) -> dict:
         """{"groups": JSON of row groups} -> {"predictions": JSON list of dicts, "set_aside": JSON list of reasons}."""
@@ -50,19 +41,19 @@ class Answerer:
         records = [r for group in found for r in read_group(self.config.data.shards, group)]
         predictions, set_aside, size = [], [], self.config.evaluate.images_per_batch
         for at in range(0, len(records), size):
-            batch = to_micro_batch(records[at : at + size], self.packer, self.size)
+            batch = to_micro_batch(records[at : at + size], self.reader.packer, self.reader.size)
             set_aside += batch.rejected
             predictions += self.answer(batch) if batch.ids else []
         return {"predictions": json.dumps(predictions), "set_aside": json.dumps(set_aside)}
 
     def answer(self, batch: MicroBatch) -> list[dict]:
         """A prediction for every question of a batch of images, greedily decoded."""
-        rows = self.packer.pack(batch.questions).to(self.device)
-        pixels = self.model.prepare(torch.from_numpy(batch.pixels).to(self.device), self.blind)
+        reader, model = self.reader, self.reader.model
+        rows = reader.packer.pack(batch.questions).to(reader.device)
+        pixels = model.prepare(torch.from_numpy(batch.pixels).to(reader.device), self.blind)
         with torch.inference_mode():
-            z = self.model.project(self.model.see(pixels))
-        limit = self.config.evaluate.max_response
-        out = decode([self.model], [1.0], rows, [z], limit, self.forbidden, self.tokenizer.eos_token_id, greedy=True)
+            z = model.project(model.see(pixels))
+        out = decode([model], [1.0], rows, [z], self.config.evaluate.max_response, reader.forbidden, reader.end, greedy=True)
         order = rows.question_Rn[rows.alive_Rn].argsort()
         answers = [*zip(out.tokens_RnT[rows.alive_Rn][order].tolist(), out.length_Rn[rows.alive_Rn][order].tolist(), strict=True)]
         asked = [(image, question) for image, found in zip(batch.ids, batch.questions, strict=True) for question in found]
@@ -74,7 +65,7 @@ class Answerer:
                 "category": question.category,
                 "size_group": question.category if question.category in SIZE_GROUPS else "",
                 "question": question.text,
-                "prediction": self.tokenizer.decode(tokens[:length], skip_special_tokens=True).strip(),
+                "prediction": reader.text(tokens[:length]),
                 "references": question.references,
             }
             for (image, question), (tokens, length) in zip(asked, answers, strict=True)

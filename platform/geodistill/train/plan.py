@@ -247,7 +247,7 @@ def _forward(m: Shape, load: Load, columns: int, s: int) -> float:
 
 
 def _capacity(load: Load) -> int:
-    """Columns of the buffer in which a KV cache grows (decode.GrowingLayer), at the end of a rollout."""
+    """Columns of the buffer in which a KV cache grows (cache.GrowingLayer), at the end of a rollout."""
     room = 0
     for used in range(load.prompt, load.columns + 1, load.questions):
         if used > room:

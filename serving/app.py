@@ -1,0 +1,347 @@
+"""The Ray Serve application: an endpoint like OpenAI's for a distilled student, and a page to try it.
+
+    serve run serving.app:build student=runs/demo/distill/model
+
+`Api` checks what comes in, decodes the image and asks `Model`, again on another replica where one was lost; a model has its own
+replicas. Settings are the fields of `Settings`; a token that every request must bring is GEODISTILL_API_TOKEN in the environment.
+"""
+
+import asyncio
+import hmac
+import logging
+import os
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import numpy as np
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+
+from geodistill.cluster import ENVIRONMENT
+from geodistill.data.imagery import displayable
+from geodistill.data.record import BadRecord, open_image
+from geodistill.data.stream import square
+from serving import openai
+from serving.model import Asked, Model, Said, new_seed
+from serving.openai import ChatRequest, Refused
+
+TOKEN = "GEODISTILL_API_TOKEN"
+TRIES = 6  # replicas that a request is sent to before it is given up
+LOST = (RayActorError, DeploymentUnavailableError)
+PAGE = Path(__file__).parent / "web"
+logger = logging.getLogger("ray.serve")
+
+
+class Settings(BaseModel):
+    """What `serve run serving.app:build KEY=VALUE ...` and args: in a Serve config take."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    student: str = Field(description="folder of the student, as jobs/distill.py wrote it")
+    teacher: str = Field("", description="folder of a teacher to be served beside it, for comparison")
+    replicas: int = Field(1, ge=0, description="replicas of each model at least")
+    max_replicas: int = Field(0, ge=0, description="and at most, as the queue asks for; 0: as many as at least")
+    cpus: float = Field(1, gt=0, description="CPUs of a replica [Ray's accounting]")
+    gpus: float = Field(0, ge=0, description="GPUs of a replica; 0: it runs on the CPU")
+    threads: int = Field(1, ge=1, description="threads of a replica on the CPU")
+    batch: int = Field(32, ge=1, description="requests that a replica answers together")
+    queue: int = Field(64, ge=0, description="requests that may wait; more get 429 with Retry-After")
+    timeout: float = Field(60, gt=0, description="seconds that an answer may take, else 504")
+    max_tokens: int = Field(256, ge=1, description="tokens of an answer at most")
+    max_body_mb: float = Field(32, gt=0, description="size of a request [MiB]")
+    max_pixels: int = Field(50_000_000, ge=1, description="of an image, before it is decoded")
+    image_hosts: list[str] = Field(
+        [], description="hosts (host or host:port) that image_url may name by http(s); none: data URLs alone"
+    )
+    prefix_mb: int = Field(1024, ge=0, description="memory of a replica for images that were asked about before [MiB]")
+    angle_counter_clockwise: bool = Field(True, description="sign of theta in the box text")
+
+
+class Limit:
+    """ASGI: answer 413 to a body that is longer than `most` bytes, before it is read; 400 where it does not say its length."""
+
+    most = 2**25
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        too_long = Refused(413, f"the body is longer than {self.most / 2**20:g} MiB")
+        headers = dict(scope["headers"])
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self.most:
+            return await refuse(too_long)(scope, receive, send)
+        read = 0
+
+        async def counted() -> dict:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self.most:
+                raise too_long
+            return message
+
+        await self.app(scope, counted, send)
+
+
+def refuse(refused: Refused) -> JSONResponse:
+    """The answer to a request that is refused."""
+    headers = {"Retry-After": str(refused.retry_after)} if refused.retry_after else None
+    return JSONResponse(openai.error(refused.message, refused.status, refused.field), refused.status, headers)
+
+
+app = FastAPI(title="GeoDistill", description="Questions on remote-sensing images", version="1", docs_url="/docs", redoc_url=None)
+app.add_middleware(Limit)
+
+
+@app.exception_handler(Refused)
+async def _refused(_: Request, refused: Refused) -> Response:
+    return refuse(refused)
+
+
+@app.exception_handler(HTTPException)
+async def _http(_: Request, error: HTTPException) -> Response:
+    return refuse(Refused(error.status_code, str(error.detail)))
+
+
+@app.exception_handler(RequestValidationError)
+async def _invalid(_: Request, error: RequestValidationError) -> Response:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"] if part != "body")
+    return refuse(Refused(400, f"{field or 'body'}: {first['msg']}", field or None))
+
+
+def authorised(request: Request) -> None:
+    """Raise Refused where a token is asked for and the request does not bring it."""
+    token = os.environ.get(TOKEN)
+    given = request.headers.get("authorization", "")
+    if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+        raise Refused(401, "this endpoint needs a token: send the header Authorization: Bearer TOKEN")
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": text}
+    for status, text in {
+        400: "the request says something that cannot be served; the message names the field",
+        401: "the token is missing or wrong",
+        404: "there is no such model",
+        413: "the body is too long",
+        429: "too many requests wait; Retry-After says when to come again",
+        503: "no replica answered",
+        504: "the answer took too long",
+    }.items()
+}
+
+
+@serve.deployment(max_ongoing_requests=4096, ray_actor_options={"num_cpus": 0.5, "runtime_env": {"env_vars": ENVIRONMENT}})
+@serve.ingress(app)
+class Api:
+    """What clients talk to. models: a handle of each model by its name."""
+
+    def __init__(self, settings: Settings, models: dict[str, DeploymentHandle]):
+        self.settings, self.models = settings, models
+        Limit.most = int(settings.max_body_mb * 2**20)
+        self.sizes: dict[str, int] = {}
+        self.began = int(time.time())
+
+    @app.get("/health", tags=["state"])
+    async def health(self) -> dict:
+        """This process answers."""
+        return {"status": "ok"}
+
+    @app.get("/ready", tags=["state"], responses={503: ERRORS[503]})
+    async def ready(self) -> dict:
+        """Every model answers."""
+        for name in self.models:
+            try:
+                await asyncio.wait_for(self._size(name, again=True), 5)
+            except Exception as error:
+                raise Refused(503, f"{name} does not answer yet", retry_after=2) from error
+        return {"status": "ready", "models": [*self.models]}
+
+    @app.get("/v1/models", tags=["openai"], dependencies=[Depends(authorised)], responses={401: ERRORS[401]})
+    async def list_models(self) -> dict:
+        """The models that are served."""
+        found = [{"id": name, "object": "model", "created": self.began, "owned_by": "geodistill"} for name in self.models]
+        return {"object": "list", "data": found}
+
+    @app.post("/v1/chat/completions", tags=["openai"], dependencies=[Depends(authorised)], responses=ERRORS)
+    async def chat(self, request: ChatRequest) -> Any:
+        """Answer a question on an image; with stream=true as server-sent events."""
+        if request.model not in self.models:
+            raise Refused(404, f"model: {request.model!r} is none of {', '.join(self.models)}", "model")
+        turns, url = openai.conversation(request)
+        data = openai.data_url(url)
+        image = await self._fetch(url) if data is None else data
+        size = await self._size(request.model)
+        pixels, *sides = await asyncio.get_running_loop().run_in_executor(None, see, image, size, self.settings.max_pixels)
+        stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
+        asked = Asked(
+            turns, pixels, request.max_completion_tokens or request.max_tokens, request.temperature or 0.0,
+            request.top_p or 1.0, new_seed() if request.seed is None else request.seed % 2**63, stop, self.settings.timeout,
+        )  # fmt: skip
+        question = turns[-1][0]
+        if request.stream:
+            growing = self._grow(request.model, asked)
+            first = await anext(growing)  # what is refused is refused with its status, before the answer begins
+            return StreamingResponse(self._events(request, first, growing, question, sides), media_type="text/event-stream")
+        said = await self._ask(request.model, asked)
+        boxes = openai.boxes_of(said.text, question, *sides, self.settings.angle_counter_clockwise)
+        tokens = openai.usage(said.prompt, said.tokens)
+        return JSONResponse(openai.completion(openai.new_id(), request.model, said.text, boxes, said.reason or "stop", tokens))
+
+    @app.get("/", include_in_schema=False)
+    async def page(self) -> Response:
+        """The page."""
+        return FileResponse(PAGE / "index.html")
+
+    async def _size(self, name: str, again: bool = False) -> int:
+        if again or name not in self.sizes:
+            self.sizes[name] = (await self.models[name].about.remote())["size"]
+        return self.sizes[name]
+
+    async def _ask(self, name: str, asked: Asked) -> Said:
+        """The answer of a model, asked again where a replica is lost. Raises Refused."""
+        end = time.monotonic() + asked.seconds
+        for attempt in range(TRIES):
+            try:
+                said = await asyncio.wait_for(self.models[name].answer.remote(asked), max(end - time.monotonic(), 0.01))
+                return _checked(said)
+            except LOST as error:
+                await self._again(name, attempt, error)
+            except BackPressureError as error:
+                raise Refused(429, "too many requests wait for this model; try again in a second", retry_after=1) from error
+            except TimeoutError as error:
+                raise Refused(504, f"the answer took longer than {asked.seconds:g} s") from error
+        raise Refused(503, f"{name} lost its replicas {TRIES} times while it answered", retry_after=5)
+
+    async def _grow(self, name: str, asked: Asked) -> AsyncIterator[Said]:
+        """The answer as it grows. Where a replica is lost another one begins anew, which writes the same: nothing is said twice,
+        and what a client has got already stands. Raises Refused, before the first words or after."""
+        shown = ""
+        for attempt in range(TRIES):
+            try:
+                async for said in self.models[name].options(stream=True).stream.remote(asked):
+                    _checked(said)
+                    if said.reason or len(said.text) > len(shown):
+                        if not said.text.startswith(shown):
+                            raise Refused(503, f"{name} lost a replica in the middle of an answer; ask again")
+                        shown = said.text
+                        yield said
+                return
+            except LOST as error:
+                await self._again(name, attempt, error)
+            except BackPressureError as error:
+                raise Refused(429, "too many requests wait for this model; try again in a second", retry_after=1) from error
+        raise Refused(503, f"{name} lost its replicas {TRIES} times while it answered", retry_after=5)
+
+    async def _again(self, name: str, attempt: int, error: Exception) -> None:
+        logger.warning("%s: a replica was lost (%s); the request is sent to another one", name, type(error).__name__)
+        await asyncio.sleep(0.05 * 2**attempt)
+
+    async def _events(
+        self, request: ChatRequest, said: Said, growing: AsyncIterator[Said], question: str, sides: list[int]
+    ) -> AsyncIterator[str]:
+        name, created, shown = openai.new_id(), int(time.time()), ""
+        yield openai.chunk(name, created, request.model, {"role": "assistant", "content": ""})
+        try:
+            while True:
+                if said.text != shown:
+                    yield openai.chunk(name, created, request.model, {"content": said.text[len(shown) :]})
+                    shown = said.text
+                if said.reason:
+                    break
+                said = await anext(growing)
+        except Refused as refused:
+            yield openai.event(openai.error(refused.message, refused.status))
+            return
+        boxes = openai.boxes_of(said.text, question, *sides, self.settings.angle_counter_clockwise)
+        yield openai.chunk(name, created, request.model, {"boxes": boxes}, said.reason)
+        if request.stream_options and request.stream_options.include_usage:
+            usage = openai.usage(said.prompt, said.tokens)
+            yield openai.chunk(name, created, request.model, {}, None, choices=[], usage=usage)
+        yield "data: [DONE]\n\n"
+
+    async def _fetch(self, url: str) -> bytes:
+        """An image from a host that is allowed; no redirection is followed. Raises Refused."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or parts.netloc not in self.settings.image_hosts:
+            raise Refused(400, "image_url: give the image as a data URL; this host is not one of image_hosts", "image_url")
+        most = int(self.settings.max_body_mb * 2**20)
+        try:
+            async with (
+                aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as session,
+                session.get(url, allow_redirects=False) as answer,
+            ):
+                if answer.status != 200:
+                    raise Refused(400, f"image_url: {parts.netloc} answered {answer.status}", "image_url")
+                found = await answer.content.read(most + 1)
+                while len(found) <= most and (more := await answer.content.read(most + 1)):
+                    found += more
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise Refused(400, f"image_url: {parts.netloc} cannot be read ({type(error).__name__})", "image_url") from error
+        if len(found) > most:
+            raise Refused(400, f"image_url: the image is larger than {self.settings.max_body_mb:g} MiB", "image_url")
+        return found
+
+
+def _checked(said: Said) -> Said:
+    if said.status != 200:
+        raise Refused(said.status, said.text, retry_after=1 if said.status == 429 else None)
+    return said
+
+
+def see(data: bytes, size: int, max_pixels: int) -> tuple[np.ndarray, int, int]:
+    """Encoded image -> (uint8 [size, size, 3] as the model sees it, width, height in pixels). Raises Refused."""
+    try:
+        shown, width, height = displayable(data, "image_url", [], max_pixels)
+        return square(open_image(shown, "image_url"), size), width, height
+    except BadRecord as error:
+        raise Refused(400, f"image_url: {error.reason}", "image_url") from error
+
+
+def build(settings: Settings) -> serve.Application:
+    """The application of `Settings`. Raises ValueError for a folder that holds no model."""
+    folders = {"student": settings.student} | ({"teacher": settings.teacher} if settings.teacher else {})
+    models: dict[str, DeploymentHandle] = {}
+    for name, folder in folders.items():
+        if not (Path(folder) / "config.json").is_file():
+            raise ValueError(
+                f"{name}={folder} holds no model (config.json is missing); run the job that writes it, or correct it"
+            )
+        most = max(settings.max_replicas, settings.replicas, 1)
+        deployment = serve.deployment(
+            Model,
+            name=name,
+            max_ongoing_requests=settings.batch + settings.batch // 2,  # the next ones are there when a place becomes free
+            max_queued_requests=settings.queue,
+            ray_actor_options={
+                "num_cpus": settings.cpus,
+                "num_gpus": settings.gpus,
+                "runtime_env": {"env_vars": ENVIRONMENT},
+            },
+            autoscaling_config={
+                "min_replicas": settings.replicas,
+                "max_replicas": most,
+                "target_ongoing_requests": settings.batch,
+                "upscale_delay_s": 5,
+            },
+            health_check_period_s=2,
+            graceful_shutdown_timeout_s=settings.timeout,
+        )
+        sizes = settings.max_tokens, settings.batch, settings.batch, settings.prefix_mb
+        models[name] = deployment.bind(str(Path(folder).resolve()), name, *sizes, settings.threads, settings.gpus > 0)  # type: ignore
+    return Api.bind(settings, models)  # type: ignore[attr-defined]

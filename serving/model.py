@@ -1,0 +1,144 @@
+"""The Serve deployment that holds a model: an Engine, in a process of its own on a CPU or a GPU."""
+
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from ray.util import metrics
+
+from serving.engine import Engine, Full, Request, TooLate, content_key
+
+SECONDS = [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60]
+
+
+@dataclass
+class Asked:
+    """A conversation, and the image it is about as the model sees it, uint8 [S, S, 3]."""
+
+    turns: list[tuple[str, str | None]]
+    pixels: np.ndarray
+    limit: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: list[str] = field(default_factory=list)
+    seconds: float = 60.0
+
+
+@dataclass
+class Said:
+    """An answer, or so far as it goes. reason: "stop", "length", or None where it goes on; status: of an answer that was refused,
+    with its message in `text`."""
+
+    text: str
+    prompt: int = 0
+    tokens: int = 0
+    reason: str | None = None
+    status: int = 200
+
+
+class Model:
+    """folder: as distill.py writes it. max_tokens: of an answer, at most."""
+
+    def __init__(self, folder: str, name: str, max_tokens: int, batch: int, queue: int, prefix_mb: int, threads: int, gpu: bool):
+        torch.set_num_threads(threads)
+        device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
+        self.engine = Engine(folder, device, dtype, batch, queue, prefix_mb * 2**20)
+        self.max_tokens = max_tokens
+        tags = {"model": name}
+        self.requests = metrics.Counter("geodistill_requests", "answers, by how they ended", ("model", "ended"))
+        self.requests.set_default_tags(tags)
+        self.tokens = metrics.Counter("geodistill_response_tokens", "tokens written", ("model",))
+        self.tokens.set_default_tags(tags)
+        self.seconds = metrics.Histogram("geodistill_answer_seconds", "from question to answer", SECONDS, ("model",))
+        self.seconds.set_default_tags(tags)
+        self.waiting = metrics.Gauge("geodistill_waiting", "requests that wait for a place in the batch", ("model",))
+        self.waiting.set_default_tags(tags)
+        self.in_hand = metrics.Gauge("geodistill_batch", "requests in the batch", ("model",))
+        self.in_hand.set_default_tags(tags)
+
+    def about(self) -> dict:
+        """{"size": pixels of a side of the images that it sees, "digest": of its weights}."""
+        return {"size": self.engine.reader.size, "digest": self.engine.digest}
+
+    def counts(self) -> dict:
+        """What the engine has counted."""
+        return dict(self.engine.counts)
+
+    def check_health(self) -> None:
+        """Raise what stopped the engine: Serve then makes this replica anew."""
+        if self.engine.failed:
+            raise self.engine.failed
+
+    async def answer(self, asked: Asked) -> Said:
+        """The whole answer."""
+        return [said async for said in self.stream(asked, streams=False)][-1]
+
+    async def stream(self, asked: Asked, streams: bool = True) -> AsyncIterator[Said]:
+        """The answer as it grows, each time the whole text so far."""
+        start = time.monotonic()
+        try:
+            prompt = self.engine.prompt(asked.turns)
+        except ValueError as error:
+            yield self._ended(Said(str(error), status=400), start)
+            return
+        room = self.engine.room(prompt)
+        limit = min(asked.limit or self.max_tokens, self.max_tokens, room)
+        if limit < 1:
+            text = (
+                f"the conversation has {len(prompt)} tokens, {1 - room} more than fit behind the image in {self.engine.context}"
+            )
+            yield self._ended(Said(text, status=400), start)
+            return
+        request = Request(
+            prompt, content_key(asked.pixels), asked.pixels, limit, asked.temperature, asked.top_p, asked.seed,
+            deadline=start + asked.seconds, streams=streams or bool(asked.stop),
+        )  # fmt: skip
+        self._gauge()
+        try:
+            async with aclosing(self.engine.answer(request)) as growing:
+                shown = 0
+                async for count in growing:
+                    text, stopped = self._text(request.tokens[:count], asked.stop)
+                    if stopped:
+                        yield self._ended(Said(text, len(prompt), count, "stop"), start)
+                        return
+                    whole = not text.endswith("\ufffd")  # else a character of several tokens is still being written
+                    if streams and whole and len(text) > shown:
+                        shown = len(text)
+                        yield Said(text, len(prompt), count)
+        except Full:
+            yield self._ended(Said("too many requests wait for this model; try again in a second", status=429), start)
+            return
+        except TooLate:
+            yield self._ended(Said(f"the answer took longer than {asked.seconds:g} s", status=504), start)
+            return
+        count = len(request.tokens)
+        text, stopped = self._text(request.tokens, asked.stop)
+        yield self._ended(Said(text, len(prompt), count, "length" if count == limit and not stopped else "stop"), start)
+
+    def _text(self, tokens: list[int], stops: list[str]) -> tuple[str, bool]:
+        text = self.engine.reader.text(tokens)
+        at = min((found for stop in stops if stop and (found := text.find(stop)) >= 0), default=-1)
+        return (text, False) if at < 0 else (text[:at], True)
+
+    def _ended(self, said: Said, start: float) -> Said:
+        self.requests.inc(tags={"ended": said.reason or str(said.status)})
+        if said.reason:
+            self.tokens.inc(max(said.tokens, 1))
+            self.seconds.observe(time.monotonic() - start)
+        self._gauge()
+        return said
+
+    def _gauge(self) -> None:
+        self.waiting.set(len(self.engine.waiting))
+        self.in_hand.set(len(self.engine.asked))
+
+
+def new_seed() -> int:
+    """A seed for a request that gives none."""
+    return secrets.randbits(63)
