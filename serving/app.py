@@ -7,6 +7,7 @@ replicas. Settings are the fields of `Settings`; a token that every request must
 """
 
 import asyncio
+import functools
 import hmac
 import logging
 import os
@@ -27,11 +28,13 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
+from starlette.staticfiles import StaticFiles
 
 from geodistill.cluster import ENVIRONMENT
-from geodistill.data.imagery import displayable
+from geodistill.data.imagery import displayable, encode
 from geodistill.data.record import BadRecord, open_image
 from geodistill.data.stream import square
+from geodistill.data.synthetic import Scene, make_scene
 from serving import openai
 from serving.model import Asked, Model, Said, new_seed
 from serving.openai import ChatRequest, Refused
@@ -40,6 +43,9 @@ TOKEN = "GEODISTILL_API_TOKEN"
 TRIES = 6  # replicas that a request is sent to before it is given up
 LOST = (RayActorError, DeploymentUnavailableError)
 PAGE = Path(__file__).parent / "web"
+PREVIEW = 1024
+SAMPLES, SAMPLES_SEED = 8, 7
+POLICY = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 logger = logging.getLogger("ray.serve")
 
 
@@ -105,6 +111,7 @@ def refuse(refused: Refused) -> JSONResponse:
 
 app = FastAPI(title="GeoDistill", description="Questions on remote-sensing images", version="1", docs_url="/docs", redoc_url=None)
 app.add_middleware(Limit)
+app.mount("/web", StaticFiles(directory=PAGE), name="web")
 
 
 @app.exception_handler(Refused)
@@ -206,7 +213,27 @@ class Api:
     @app.get("/", include_in_schema=False)
     async def page(self) -> Response:
         """The page."""
-        return FileResponse(PAGE / "index.html")
+        return FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": POLICY})
+
+    @app.get("/samples", include_in_schema=False)
+    async def samples(self) -> list[dict]:
+        """Names and addresses of the scenes that the page offers."""
+        return [{"name": scene.name, "url": f"samples/{i}.png"} for i, (scene, _) in enumerate(sample_scenes())]
+
+    @app.get("/samples/{number}.png", include_in_schema=False)
+    async def sample(self, number: int) -> Response:
+        """A sample scene."""
+        if not 0 <= number < len(sample_scenes()):
+            raise Refused(404, f"there is no sample {number}")
+        return Response(sample_scenes()[number][1], media_type="image/png")
+
+    @app.post("/preview", tags=["page"], dependencies=[Depends(authorised)], responses=ERRORS)
+    async def preview(self, request: Request) -> Response:
+        """What a browser can show of an image, a GeoTIFF for one: a PNG; x-width and x-height: the sides of the whole image."""
+        data, width, height = await asyncio.get_running_loop().run_in_executor(
+            None, preview_of, await request.body(), self.settings.max_pixels
+        )
+        return Response(data, media_type="image/png", headers={"x-width": str(width), "x-height": str(height)})
 
     async def _size(self, name: str, again: bool = False) -> int:
         if again or name not in self.sizes:
@@ -311,6 +338,24 @@ def see(data: bytes, size: int, max_pixels: int) -> tuple[np.ndarray, int, int]:
         return square(open_image(shown, "image_url"), size), width, height
     except BadRecord as error:
         raise Refused(400, f"image_url: {error.reason}", "image_url") from error
+
+
+def preview_of(data: bytes, max_pixels: int) -> tuple[bytes, int, int]:
+    """Encoded image -> (PNG of at most PREVIEW pixels a side, width, height of the whole). Raises Refused."""
+    try:
+        shown, width, height = displayable(data, "image", [], max_pixels)
+        picture = open_image(shown, "image")
+    except BadRecord as error:
+        raise Refused(400, f"image: {error.reason}") from error
+    picture.thumbnail((PREVIEW, PREVIEW))
+    return encode(picture), width, height
+
+
+@functools.cache
+def sample_scenes() -> list[tuple[Scene, bytes]]:
+    """Some scenes of the embedded data set, as PNG."""
+    found = (make_scene(SAMPLES_SEED, "samples", i)[:2] for i in range(SAMPLES))
+    return [(scene, encode(picture)) for scene, picture in found]
 
 
 def build(settings: Settings) -> serve.Application:

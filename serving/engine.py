@@ -52,6 +52,7 @@ class Request:
     streams: bool = False  # are tokens wanted before the last?
     tokens: list[int] = field(default_factory=list)
     generator: np.random.Generator | None = None
+    loop: asyncio.AbstractEventLoop | None = None
     events: asyncio.Queue = field(default_factory=asyncio.Queue)  # how many tokens there are, None at the end, or an exception
 
 
@@ -81,13 +82,12 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self.asked: dict[int, Request] = {}  # in the batch, by number
         self.numbered = 0
-        self.gone: set[Request] = set()  # in the batch, of clients who have left
+        self.gone: set[Request] = set()  # whose clients have left
         self.counts = {"requests": 0, "tokens": 0, "steps": 0, "images_read": 0, "images_known": 0}
         self.wakes = threading.Condition()
         self.closed = False
         self.failed: BaseException | None = None
         self.thread = threading.Thread(target=self._run, name="decode", daemon=True)
-        self.loop: asyncio.AbstractEventLoop | None = None
 
     # what an asyncio loop calls
 
@@ -109,9 +109,9 @@ class Engine:
                 raise self.failed
             if len(self.waiting) >= self.queue:
                 raise Full
-            if self.loop is None:
-                self.loop = asyncio.get_running_loop()
+            if not self.thread.is_alive():
                 self.thread.start()
+            request.loop = asyncio.get_running_loop()
             self.waiting.append(request)
             self.counts["requests"] += 1
             self.wakes.notify()
@@ -129,7 +129,10 @@ class Engine:
         finally:
             if not ended:
                 with self.wakes:
-                    self.gone.add(request)
+                    if request in self.waiting:
+                        self.waiting.remove(request)
+                    else:
+                        self.gone.add(request)
                     self.wakes.notify()
 
     def close(self) -> None:
@@ -225,7 +228,7 @@ class Engine:
 
     def _step(self) -> None:
         step = self.decoder.step(self._draw)
-        told: list[tuple[Request, int | None]] = []
+        told: list[tuple[Request, int | BaseException | None]] = []
         for number, token, finished in zip(
             *(part.tolist() for part in (step.number_B, step.token_B, step.finished_B)), strict=True
         ):
@@ -253,13 +256,13 @@ class Engine:
                 drawn[place] = sample(log_p_BV[place], request.temperature, request.top_p, request.generator.random())
         return drawn
 
-    def _tell(self, events: list) -> None:
-        assert self.loop is not None
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(_deliver, events)
+    def _tell(self, events: list[tuple[Request, int | BaseException | None]]) -> None:
+        for loop in {request.loop for request, _ in events}:
+            if loop is not None and not loop.is_closed():
+                loop.call_soon_threadsafe(_deliver, [one for one in events if one[0].loop is loop])
 
 
-def _deliver(events: list) -> None:
+def _deliver(events: list[tuple[Request, int | BaseException | None]]) -> None:
     for request, event in events:
         request.events.put_nowait(event)
 

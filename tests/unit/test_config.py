@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_defaults_are_valid():
-    config.validate(Config())
+    config.validate(Config(), config.search_space(Config().sweep.space))
     assert load(None).distill.teacher == "runs/default/teacher/model"
 
 

@@ -97,7 +97,7 @@ class Branches:
     token_B: Tensor  # to be fed
     left_B: Tensor  # tokens that it may still get
 
-    def __getitem__(self, which: Tensor) -> "Branches":
+    def __getitem__(self, which: Tensor | slice) -> "Branches":
         return Branches(*(part[which] for part in vars(self).values()))
 
     def __add__(self, other: "Branches") -> "Branches":
