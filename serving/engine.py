@@ -51,6 +51,7 @@ class Request:
     deadline: float = float("inf")  # time.monotonic()
     streams: bool = False  # are tokens wanted before the last?
     tokens: list[int] = field(default_factory=list)
+    log_p: float = 0.0  # of the answer so far, at temperature 1
     generator: np.random.Generator | None = None
     loop: asyncio.AbstractEventLoop | None = None
     events: asyncio.Queue = field(default_factory=asyncio.Queue)  # how many tokens there are, None at the end, or an exception
@@ -183,11 +184,11 @@ class Engine:
         return [self.waiting.popleft() for _ in range(min(len(self.waiting), self.batch - len(self.asked)))]
 
     def _groups(self, taken: list[Request]) -> list[tuple[dict[str, list[Request]], bool]]:
-        """Requests by image: those on images that were read before, and the others."""
+        """Requests by image: first those on images that were read before, which what is read now may push out."""
         found: tuple[dict[str, list[Request]], dict[str, list[Request]]] = ({}, {})
         for request in taken:
             found[request.key in self.prefixes].setdefault(request.key, []).append(request)
-        return [(images, bool(known)) for known, images in enumerate(found) if images]
+        return [(found[known], known) for known in (True, False) if found[known]]
 
     def _join(self, images: dict[str, list[Request]], known: bool) -> None:
         rows = self.packer.pack([[Question(r.prompt, None, "") for r in asked] for asked in images.values()])
@@ -229,10 +230,10 @@ class Engine:
     def _step(self) -> None:
         step = self.decoder.step(self._draw)
         told: list[tuple[Request, int | BaseException | None]] = []
-        for number, token, finished in zip(
-            *(part.tolist() for part in (step.number_B, step.token_B, step.finished_B)), strict=True
-        ):
+        parts = step.number_B, step.token_B, step.finished_B, step.mixture_B
+        for number, token, finished, log_p in zip(*(part.tolist() for part in parts), strict=True):
             request = self.asked[number]
+            request.log_p += log_p
             if token != self.decoder.end:
                 request.tokens.append(token)
             if finished:

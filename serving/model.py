@@ -1,5 +1,6 @@
 """The Serve deployment that holds a model: an Engine, in a process of its own on a CPU or a GPU."""
 
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -39,6 +40,7 @@ class Said:
     tokens: int = 0
     reason: str | None = None
     status: int = 200
+    score: float = 0.0  # geometric mean of the probabilities of its tokens
 
 
 class Model:
@@ -119,7 +121,9 @@ class Model:
             return
         count = len(request.tokens)
         text, stopped = self._text(request.tokens, asked.stop)
-        yield self._ended(Said(text, len(prompt), count, "length" if count == limit and not stopped else "stop"), start)
+        reason = "length" if count == limit and not stopped else "stop"
+        score = math.exp(request.log_p / max(count + (reason == "stop"), 1))
+        yield self._ended(Said(text, len(prompt), count, reason, score=score), start)
 
     def _text(self, tokens: list[int], stops: list[str]) -> tuple[str, bool]:
         text = self.engine.reader.text(tokens)

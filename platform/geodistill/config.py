@@ -13,7 +13,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from geodistill.language import SYSTEM
+from geodistill.language import GROUNDING, SYSTEM
 from geodistill.rules import GPUS, SOURCE_NAMES, TUNING, ConfigError, validate
 
 
@@ -268,6 +268,22 @@ class SweepConfig:
 
 
 @dataclass
+class PredictConfig:
+    scenes: str = option("", "a scene, or a folder of scenes (.tif .tiff .jp2 .png .jpg), local or s3://", "path")
+    model: str = option("${run}/distill/model", "folder of the model that looks at them", "path")
+    out: str = option("${run}/predict", "folder for the GeoJSON files", "path")
+    questions: list[str] = field(
+        default_factory=lambda: [f"{GROUNDING} describe the image in detail."],
+        metadata={"help": "what is asked about every tile; boxes in the answers are what is found", "unit": ""},
+    )
+    tile: int = option(0, "side of a tile; 0: what the model sees", "pixels")
+    overlap: int = option(-1, "of neighbouring tiles; -1: a quarter of a tile", "pixels")
+    iou: float = option(0.3, "boxes of one label that overlap by so much are one object", "0-1")
+    tiles_per_batch: int = option(16, "tiles that a worker reads together", "tiles")
+    max_response: int = option(256, "longest answer", "tokens")
+
+
+@dataclass
 class PlanConfig:
     gpu: str = option("A100-80", f"card to plan for: {', '.join(GPUS)}")
     memory: float = option(0.0, "its memory, where it is another; 0: that of the card", "GiB")
@@ -330,6 +346,7 @@ class Config:
     evaluate: EvaluateConfig = section(EvaluateConfig, "evaluation and report")
     cluster: ClusterConfig = section(ClusterConfig, "processes, precision, ZeRO")
     sweep: SweepConfig = section(SweepConfig, "what jobs/sweep.py tries")
+    predict: PredictConfig = section(PredictConfig, "what jobs/predict.py looks for in whole scenes")
     resume: bool = option(False, "sweep: go on with one that was interrupted")
     plan: PlanConfig = section(PlanConfig, "what jobs/plan.py reckons with")
 

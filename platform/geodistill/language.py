@@ -76,14 +76,18 @@ def parse_boxes(text: str) -> list[Box]:
 
 
 def labelled_boxes(answer: str, question: str = "") -> list[tuple[str, Box]]:
-    """(label, box) of every box in an answer: the last phrase `<p>...</p>` before it, else the one that the question asks for."""
+    """(label, box) of every box in an answer: the last phrase `<p>...</p>` before it, else the one that the question asks for.
+
+    A box with numbers of five digits or more is nonsense, and left out.
+    """
     asked = _PHRASE.search(question)
     found, label, at = [], asked[1].strip() if asked else "", 0
     for match in _BOX.finditer(answer):
         for phrase in _PHRASE.finditer(answer, at, match.start()):
             label = phrase[1].strip()
         at = match.end()
-        found.append((label, parse_boxes(match[0])[0]))
+        if max(map(len, re.findall(r"\d+", match[0]))) < 5:
+            found.append((label, parse_boxes(match[0])[0]))
     return found
 
 

@@ -75,6 +75,15 @@ def validate(config: "Config", space: "dict[str, Domain]") -> None:
     need(sweep.trials >= 1 and sweep.grace >= 1, "sweep.trials and sweep.grace must be at least 1")
     need(sweep.reduction > 1, f"sweep.reduction={sweep.reduction} must be above 1")
     need(sweep.at_once >= 0, f"sweep.at_once={sweep.at_once} must not be below 0")
+    predict = config.predict
+    need(bool(predict.questions), "predict.questions is empty; ask something about each tile")
+    need(
+        predict.tile == 0 or predict.overlap < predict.tile,
+        f"predict.overlap={predict.overlap} must be smaller than predict.tile={predict.tile}",
+    )
+    need(predict.tile >= 0 and predict.overlap >= -1, "predict.tile and predict.overlap must not be below 0 (overlap: or -1)")
+    need(0 < predict.iou <= 1, f"predict.iou={predict.iou} must lie above 0 and not above 1")
+    need(predict.tiles_per_batch >= 1 and predict.max_response >= 1, "predict.tiles_per_batch, predict.max_response: at least 1")
     one_of("plan.gpu", config.plan.gpu, GPUS)
     for name in ("matmul_share", "bandwidth_share"):
         need(0 < getattr(config.plan, name) <= 1, f"plan.{name}={getattr(config.plan, name)} must lie above 0 and not above 1")

@@ -17,12 +17,15 @@ _DRIVERS = ["GTiff", "JP2OpenJPEG", "PNG", "JPEG", "GIF", "BMP", "WEBP", "HFA", 
 _EIGHT_BIT = ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LA")
 
 
-def stretch(band_HW: np.ndarray, valid_HW: np.ndarray) -> np.ndarray:
-    """Any numbers -> uint8: the 2nd percentile of the valid pixels becomes 0, the 98th 255; invalid pixels are 0."""
+def stretch(band_HW: np.ndarray, valid_HW: np.ndarray, limits: tuple[float, float] | None = None) -> np.ndarray:
+    """Any numbers -> uint8: the lower limit becomes 0, the upper 255; invalid pixels are 0.
+
+    limits: without them the 2nd and the 98th percentile of the valid pixels.
+    """
     values = band_HW[valid_HW]
     if not values.size:
         return np.zeros(band_HW.shape, np.uint8)
-    low, high = np.percentile(values, PERCENTILES)
+    low, high = limits or np.percentile(values, PERCENTILES)
     scaled = (band_HW.astype(np.float64) - low) / max(high - low, 1e-12) * 255
     return np.where(valid_HW, np.clip(np.nan_to_num(scaled), 0, 255), 0).astype(np.uint8)
 
