@@ -1,0 +1,256 @@
+"""The endpoint on a real local Ray, with OpenAI's own client, broken requests and lost replicas."""
+
+import base64
+import concurrent.futures
+import io
+import os
+import re
+import signal
+import socket
+import threading
+import time
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import ray
+from PIL import Image
+from ray import serve
+
+from geodistill.data.record import open_image
+from geodistill.models import assemble
+from serving.app import TOKEN, Settings, build
+from serving.engine import Engine
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
+SECRET = "a token of the test"
+
+
+@pytest.fixture(scope="module")
+def folder(student, processor, tmp_path_factory):
+    path = tmp_path_factory.mktemp("served") / "student"
+    assemble.save(student, processor, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def address(ray_cluster, folder):
+    """The served student and, as its teacher, itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    settings = Settings(student=str(folder), teacher=str(folder), cpus=0.1, max_body_mb=2, max_pixels=4_000_000, max_tokens=24,
+                        batch=8, queue=200)  # fmt: skip
+    serve.run(build(settings), name="geodistill", route_prefix="/")
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+
+def data_url(data: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def messages(record, question: str) -> list:
+    image = {"type": "image_url", "image_url": {"url": data_url(record.image)}}
+    return [{"role": "user", "content": [image, {"type": "text", "text": question}]}]
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """(record, question) -> what the engine answers where nothing else is asked."""
+    import asyncio
+
+    from geodistill.data.stream import square
+    from serving.engine import Request, content_key
+
+    engine = Engine(folder)
+
+    def ask(record, question, limit=24):
+        async def run():
+            pixels = square(open_image(record.image, record.id), engine.reader.size)
+            request = Request(engine.prompt([(question, None)]), content_key(pixels), pixels, limit)
+            async for _ in engine.answer(request):
+                pass
+            return engine.reader.text(request.tokens)
+
+        return asyncio.run(run())
+
+    yield ask
+    engine.close()
+
+
+def test_openais_client_works_unchanged(client, address, records, alone):
+    assert [model.id for model in client.models.list()] == ["student", "teacher"]
+    record, question = records[0], records[0].conversations[0].turns[0][0]
+    whole = client.chat.completions.create(model="student", messages=messages(record, question))
+    assert whole.choices[0].message.content == alone(record, question)
+    assert whole.choices[0].finish_reason in ("stop", "length")
+    assert whole.usage.completion_tokens > 0 and whole.usage.prompt_tokens > 10
+    pieces = list(
+        client.chat.completions.create(
+            model="teacher", messages=messages(record, question), stream=True, stream_options={"include_usage": True}
+        )
+    )
+    text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+    assert text == whole.choices[0].message.content
+    assert len(pieces) > 4 and pieces[-1].usage.total_tokens == whole.usage.total_tokens
+    assert pieces[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    short = client.chat.completions.create(model="student", messages=messages(record, question), max_tokens=2)
+    assert short.choices[0].finish_reason == "length" and short.usage.completion_tokens == 2
+    cut = client.chat.completions.create(model="student", messages=messages(record, question), stop=text[2:5])
+    assert cut.choices[0].message.content == text[: text.index(text[2:5])] and cut.choices[0].finish_reason == "stop"
+    drawn = [
+        client.chat.completions.create(model="student", messages=messages(record, question), temperature=1.0, seed=s)
+        for s in (1, 1, 2)
+    ]
+    assert drawn[0].choices[0].message.content == drawn[1].choices[0].message.content != drawn[2].choices[0].message.content
+    for path in ("/health", "/ready", "/openapi.json", "/", "/samples", "/samples/0.png", "/web/page.js"):
+        assert httpx.get(address + path).status_code == 200, path
+
+
+def test_many_clients_get_what_each_would_get_alone(client, records, alone):
+    asked = [(record, c.turns[0][0]) for record in records[:6] for c in record.conversations[:6]]
+
+    def ask(one):
+        return client.chat.completions.create(model="student", messages=messages(*one)).choices[0].message.content
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(ask, asked))
+    assert found == [alone(*one) for one in asked]
+
+
+def test_requests_that_cannot_be_served_say_why(address, records):
+    url = f"{address}/v1/chat/completions"
+    record = records[0]
+    good = {"model": "student", "messages": messages(record, "How many?"), "max_tokens": 2}
+
+    def image(value):
+        parts = [{"type": "image_url", "image_url": {"url": value}}, {"type": "text", "text": "?"}]
+        return {**good, "messages": [{"role": "user", "content": parts}]}
+
+    flat = io.BytesIO()
+    Image.new("1", (30_000, 30_000)).save(flat, "PNG")
+    cases = [
+        ({**good, "model": "gpt"}, 404, "gpt"),
+        ({**good, "messages": []}, 400, "messages"),
+        ({**good, "messages": "x"}, 400, "messages"),
+        ({**good, "n": 5}, 400, "n"),
+        ({**good, "messages": [{"role": "user", "content": "no image"}]}, 400, "no image"),
+        ({**good, "messages": messages(record, "How many <image>?")}, 400, "special token"),
+        ({**good, "messages": messages(record, "word " * 3500)}, 400, "fit"),
+        (image("data:image/png;base64,AAAA"), 400, "cannot be decoded"),
+        (image(data_url(record.image[:200])), 400, "cannot be decoded"),
+        (image("data:text/html,<b>"), 400, "data URL"),
+        (image(data_url(flat.getvalue())), 400, "over the limit"),
+        (image("http://127.0.0.1:1/a.png"), 400, "image_hosts"),
+        (image("file:///etc/passwd"), 400, "image_hosts"),
+        (image("http://metadata/"), 400, "image_hosts"),
+    ]
+    for body, status, says in cases:
+        answer = httpx.post(url, json=body, timeout=30)
+        assert (answer.status_code, says in answer.json()["error"]["message"]) == (status, True), answer.text
+    for content in (b"", b"{", b"[1]", b"\xff\xfe", b'"x"', b"{" * 10_000, b'{"model": 1e999}'):
+        answer = httpx.post(url, content=content, headers={"content-type": "application/json"})
+        assert answer.status_code == 400 and answer.json()["error"]["message"]
+    assert httpx.post(url, content=b"x" * (3 * 2**20)).status_code == 413
+
+    def endless():
+        for _ in range(300):
+            yield b"x" * 10_000
+
+    assert httpx.post(url, content=endless(), headers={"content-type": "application/json"}).status_code in (400, 413)
+    assert httpx.post(url, json=good, timeout=30).status_code == 200
+    assert httpx.get(f"{address}/nothing").json()["error"]["code"] == 404
+
+
+def test_a_file_that_names_others_is_no_image(address):
+    """GDAL reads virtual rasters that point to other files and hosts: not here."""
+    virtual = (
+        '<VRTDataset rasterXSize="4" rasterYSize="4"><VRTRasterBand dataType="Byte" band="1"><SimpleSource>'
+        '<SourceFilename relativeToVRT="0">/vsicurl/http://127.0.0.1:9/x.tif</SourceFilename><SourceBand>1</SourceBand>'
+        "</SimpleSource></VRTRasterBand></VRTDataset>"
+    )
+    answer = httpx.post(f"{address}/preview", content=virtual.encode(), timeout=20)
+    assert answer.status_code == 400 and "cannot be decoded" in answer.json()["error"]["message"]
+
+
+def test_the_page_shows_what_a_browser_does_not_know(address):
+    import rasterio
+
+    with rasterio.MemoryFile() as memory:
+        with memory.open(driver="GTiff", width=300, height=200, count=4, dtype="uint16") as raster:
+            raster.write(np.random.default_rng(0).integers(0, 5000, (4, 200, 300)).astype("uint16"))
+        deep = memory.read()
+    answer = httpx.post(f"{address}/preview", content=deep)
+    assert answer.status_code == 200 and (answer.headers["x-width"], answer.headers["x-height"]) == ("300", "200")
+    assert Image.open(io.BytesIO(answer.content)).size == (300, 200)
+
+
+def replicas(name: str) -> dict[str, int]:
+    """Replica -> process id."""
+    found = serve.status().applications["geodistill"].deployments[name]
+    assert found
+    pids = {}
+    from ray.util.state import list_actors
+
+    for actor in list_actors(filters=[("state", "=", "ALIVE")], detail=True):
+        if actor.name and re.search(rf"#{name}#", actor.name):
+            pids[actor.name] = actor.pid
+    return pids
+
+
+def test_a_lost_replica_costs_no_answer(client, records, alone):
+    """A model's process is killed while clients wait for it: each gets its answer, once, and the right one."""
+    asked = [(record, c.turns[0][0]) for record in records for c in record.conversations[:4]]
+    expected = [alone(*one) for one in asked]
+    killed = threading.Event()
+
+    def ask(at):
+        if at == len(asked) // 3:
+            (pid,) = replicas("student").values()
+            os.kill(pid, signal.SIGKILL)
+            killed.set()
+        found = client.chat.completions.create(model="student", messages=messages(*asked[at]), stream=at % 4 == 0, timeout=120)
+        if at % 4 == 0:
+            return "".join(piece.choices[0].delta.content or "" for piece in found if piece.choices)
+        return found.choices[0].message.content
+
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(ask, range(len(asked))))
+    assert killed.is_set() and found == expected
+
+
+def test_a_token_is_asked_for_where_one_is_set(address, monkeypatch, folder):
+    from fastapi.testclient import TestClient
+
+    from serving.app import app
+
+    monkeypatch.setenv(TOKEN, SECRET)
+    here = TestClient(app, raise_server_exceptions=False)
+    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": SECRET}, {"authorization": "Bearer é"}):
+        assert here.post("/preview", content=b"x", headers={k: v.encode() for k, v in headers.items()}).status_code == 401
+    answer = here.post("/preview", content=b"x", headers={"authorization": f"Bearer {SECRET}"})
+    assert answer.status_code != 401
+
+
+def test_prometheus_has_the_figures(address, client, records):
+    client.chat.completions.create(model="student", messages=messages(records[0], "How many?"))
+    port = ray.nodes()[0]["MetricsExportPort"]
+    end = time.time() + 60
+    while time.time() < end:
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+        if all(
+            f"ray_geodistill_{name}" in text for name in ("requests_total", "response_tokens_total", "answer_seconds", "batch")
+        ):
+            break
+        time.sleep(2)
+    else:
+        pytest.fail("\n".join(line for line in text.splitlines() if "geodistill" in line))
+    assert re.search(r'ray_geodistill_requests_total\{.*ended="stop|length".*\} [1-9]', text)
