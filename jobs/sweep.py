@@ -1,6 +1,7 @@
 """Distil with other settings side by side (sweep.space), and leave the best model in run/sweep/best, ready to serve.
 
-Data and teacher are those of the run. An interrupted sweep goes on with resume=true.
+Data and teacher are those of the run. An interrupted sweep goes on with resume=true. sweep.serve=true then serves the best
+student beside its teacher, as `serve run serving.app:build` does, until Ctrl-C.
 """
 
 from pathlib import Path
@@ -16,6 +17,12 @@ def sweep_job(config: Config) -> None:
     folder = Path(config.run) / "sweep"
     (folder / "table.txt").write_text(sweep_table(found))
     print(f"\n{sweep_table(found)}\n\nfigures: {folder}/sweep.json, {folder}/sweep.png")
+    if config.sweep.serve and found["best"]:
+        from ray import serve
+
+        from serving.app import Settings, build
+
+        serve.run(build(Settings(student=found["best"], teacher=config.distill.teacher)), blocking=True)
 
 
 if __name__ == "__main__":

@@ -264,6 +264,7 @@ class SweepConfig:
         "validation_loss", "what is compared: validation_loss, reverse_kl, agreement or another figure of metrics.jsonl"
     )
     mode: str = option("min", "min | max: is less or more of it better?")
+    serve: bool = option(False, "serve the best student when the sweep has ended, beside the teacher, until it is stopped")
     at_once: int = option(0, "trials beside each other; 0: as many as the cluster holds", "trials")
 
 
@@ -281,6 +282,18 @@ class PredictConfig:
     iou: float = option(0.3, "boxes of one label that overlap by so much are one object", "0-1")
     tiles_per_batch: int = option(16, "tiles that a worker reads together", "tiles")
     max_response: int = option(256, "longest answer", "tokens")
+
+
+@dataclass
+class ExportConfig:
+    model: str = option("${run}/distill/model", "folder of the model, or of PEFT adapters, which are merged", "path")
+    out: str = option("${run}/export", "folder for the exported models", "path")
+    bits: list[int] = field(
+        default_factory=lambda: [8],
+        metadata={"help": "smaller variants of its linear layers: 8, 4 (needs bitsandbytes); none: [] [bits]", "unit": ""},
+    )
+    evaluate: bool = option(True, "measure each variant on evaluate.split of data.shards")
+    license: str = option("other", "what the model card says: the licence of the weights it was made from")
 
 
 @dataclass
@@ -347,6 +360,7 @@ class Config:
     cluster: ClusterConfig = section(ClusterConfig, "processes, precision, ZeRO")
     sweep: SweepConfig = section(SweepConfig, "what jobs/sweep.py tries")
     predict: PredictConfig = section(PredictConfig, "what jobs/predict.py looks for in whole scenes")
+    export: ExportConfig = section(ExportConfig, "what jobs/export.py writes")
     resume: bool = option(False, "sweep: go on with one that was interrupted")
     plan: PlanConfig = section(PlanConfig, "what jobs/plan.py reckons with")
 

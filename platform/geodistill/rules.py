@@ -75,6 +75,8 @@ def validate(config: "Config", space: "dict[str, Domain]") -> None:
     need(sweep.trials >= 1 and sweep.grace >= 1, "sweep.trials and sweep.grace must be at least 1")
     need(sweep.reduction > 1, f"sweep.reduction={sweep.reduction} must be above 1")
     need(sweep.at_once >= 0, f"sweep.at_once={sweep.at_once} must not be below 0")
+    need(set(config.export.bits) <= {4, 8}, f"export.bits={config.export.bits}: use 8, 4 or both")
+    need(4 not in config.export.bits or cluster.use_gpu, "export.bits with 4 needs a GPU (cluster.use_gpu=true)")
     predict = config.predict
     need(bool(predict.questions), "predict.questions is empty; ask something about each tile")
     need(

@@ -1,5 +1,6 @@
 """The jobs as a user runs them: as processes with a Ray of their own, killed and run again, and submitted to a cluster."""
 
+import contextlib
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 from typing import IO
 
+import psutil
 import pytest
 from tiny import TINY, history, same
 
@@ -62,6 +64,7 @@ def test_the_pipeline_goes_all_the_way_and_is_skipped_the_second_time(pipeline):
     assert before and all(f.stat().st_mtime == t for f, t in before.items())
 
 
+@pytest.mark.long
 def test_a_killed_on_policy_loop_goes_on_where_it_was(pipeline):
     """SIGKILL between two checkpoints; the same command goes on and ends with the figures and weights of an unbroken run."""
     run, _ = pipeline
@@ -113,7 +116,10 @@ def cluster():
             assert listed.returncode == 0, f"ray start did not come up: {listed.stderr.decode()[-1000:]}"
             yield address
         finally:
-            head.terminate()
+            started = psutil.Process(head.pid).children(recursive=True)  # asked kindly, they take half a minute
+            for process in [*started, head]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             head.wait(timeout=60)
 
 

@@ -128,7 +128,7 @@ def test_s3_for_input_and_output(s3, tmp_path):
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("train", "held_out", "per_shard"), [(1152, 64, 32), pytest.param(9000, 500, 256, marks=pytest.mark.long)]
+    ("train", "held_out", "per_shard"), [(576, 32, 16), pytest.param(9000, 500, 256, marks=pytest.mark.long)]
 )
 def test_thousands_of_images_killed_half_way(tmp_path, train, held_out, per_shard):
     """SIGKILL when half of the shards are there; the same command goes on and ends with the checksums of an unbroken run."""

@@ -76,7 +76,7 @@ def worker(job: dict) -> dict[str, int]:
                 run.export()
                 exported = True
             progress.best = min(progress.best, progress.last)
-        if done % train.checkpoint_every == 0 or last:
+        if run.will_lose_a_node() or done % train.checkpoint_every == 0 or last:
             progress.seconds = report.seconds
             run.checkpoints.save(run.engine, progress, report.state())
     run.checkpoints.wait()

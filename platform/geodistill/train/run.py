@@ -126,6 +126,7 @@ class Run:
         self.resume = self.checkpoints.restore(self.engine)
         self.progress = self.resume.progress
         self.written: Experience | None = None  # by the last rollout
+        self.noticed = False
         self.teacher_in_shards = frozen_teacher if config.cluster.shard_teacher else None
 
         forbidden = assemble.forbidden_tokens(tokenizer, vocabulary).to(self.device)
@@ -200,6 +201,11 @@ class Run:
         dist.all_reduce(stop)
         if stop:
             raise Stopped
+
+    def will_lose_a_node(self) -> bool:
+        """Has a node of this run got notice, and is this the first that is told of it? (collective)"""
+        before, self.noticed = self.noticed, ray.train.get_preemption_info() is not None
+        return self.noticed and not before
 
     def samples(self, count: int = 3) -> list[str]:
         """The first responses of this worker's last rollout, with their questions."""

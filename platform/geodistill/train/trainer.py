@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
-from ray.train import RunConfig, ScalingConfig, TrainingFailedError, UserCallback
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchTrainer
 
 from geodistill.cli import JobFailed, JobStopped
@@ -243,7 +243,13 @@ def _attempt(config: Config, stage: Stage, identity: str, workers: int, work: Ca
             use_gpu=cluster.use_gpu,
             resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.use_gpu else {})},
         ),
-        run_config=RunConfig(name="ray", storage_path=stage.folder, callbacks=list(callbacks)),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=stage.folder,
+            callbacks=list(callbacks),
+            # `fit` begins again itself, perhaps with fewer
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),  # type: ignore[call-arg]
+        ),
     )
     return cast(Any, trainer.fit()).return_value
 
