@@ -10,6 +10,7 @@ scaling: images/s of distill.train with one worker and with two, and the rates t
 consumers [N]: the data plane under 8, 64 and 512 streams at once (or N), which sleep in place of training.
 faults: what a killed worker, data task or driver, SIGTERM, a full disk ... cost a run, and whether it ends like an unbroken one.
 soak [MINUTES]: a long distillation with a fault every two minutes, against one without.
+serve: answers/s of the endpoint with distill's student, beside transformers' generate one request at a time.
 compare: the ratios of all that were measured beside those of README's Results; ends with 1 where one has fallen.
 """
 
@@ -21,8 +22,8 @@ from pathlib import Path
 from geodistill.cli import main
 from geodistill.config import Config
 
-NAMES = ("data", "step", "operators", "loss", "distill", "scaling", "consumers", "faults", "soak", "compare")
-WITH_RAY = ("data", "scaling", "consumers", "faults", "soak")
+NAMES = ("data", "step", "operators", "loss", "distill", "scaling", "consumers", "faults", "soak", "serve", "compare")
+WITH_RAY = ("data", "scaling", "consumers", "faults", "soak", "serve")
 
 
 def benchmark(config: Config, name: str, *words: str) -> None:

@@ -194,7 +194,7 @@ class Api:
         data = openai.data_url(url)
         image = await self._fetch(url) if data is None else data
         size = await self._size(request.model)
-        pixels, *sides = await asyncio.get_running_loop().run_in_executor(None, see, image, size, self.settings.max_pixels)
+        pixels, width, height = await asyncio.get_running_loop().run_in_executor(None, see, image, size, self.settings.max_pixels)
         stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
         asked = Asked(
             turns, pixels, request.max_completion_tokens or request.max_tokens, request.temperature or 0.0,
@@ -204,9 +204,11 @@ class Api:
         if request.stream:
             growing = self._grow(request.model, asked)
             first = await anext(growing)  # what is refused is refused with its status, before the answer begins
-            return StreamingResponse(self._events(request, first, growing, question, sides), media_type="text/event-stream")
+            return StreamingResponse(
+                self._events(request, first, growing, question, (width, height)), media_type="text/event-stream"
+            )
         said = await self._ask(request.model, asked)
-        boxes = openai.boxes_of(said.text, question, *sides, self.settings.angle_counter_clockwise)
+        boxes = openai.boxes_of(said.text, question, width, height, self.settings.angle_counter_clockwise)
         tokens = openai.usage(said.prompt, said.tokens)
         return JSONResponse(openai.completion(openai.new_id(), request.model, said.text, boxes, said.reason or "stop", tokens))
 
@@ -261,7 +263,8 @@ class Api:
         shown = ""
         for attempt in range(TRIES):
             try:
-                async for said in self.models[name].options(stream=True).stream.remote(asked):
+                pieces: Any = self.models[name].options(stream=True).stream.remote(asked)
+                async for said in pieces:
                     _checked(said)
                     if said.reason or len(said.text) > len(shown):
                         if not said.text.startswith(shown):
@@ -280,7 +283,7 @@ class Api:
         await asyncio.sleep(0.05 * 2**attempt)
 
     async def _events(
-        self, request: ChatRequest, said: Said, growing: AsyncIterator[Said], question: str, sides: list[int]
+        self, request: ChatRequest, said: Said, growing: AsyncIterator[Said], question: str, sides: tuple[int, int]
     ) -> AsyncIterator[str]:
         name, created, shown = openai.new_id(), int(time.time()), ""
         yield openai.chunk(name, created, request.model, {"role": "assistant", "content": ""})
@@ -358,17 +361,16 @@ def sample_scenes() -> list[tuple[Scene, bytes]]:
     return [(scene, encode(picture)) for scene, picture in found]
 
 
-def build(settings: Settings) -> serve.Application:
-    """The application of `Settings`. Raises ValueError for a folder that holds no model."""
-    folders = {"student": settings.student} | ({"teacher": settings.teacher} if settings.teacher else {})
-    models: dict[str, DeploymentHandle] = {}
+def models_of(settings: Settings, student: str = "student") -> dict[str, serve.Application]:
+    """The deployments of the models by their names. Raises ValueError for a folder that holds none."""
+    folders = {student: settings.student} | ({"teacher": settings.teacher} if settings.teacher else {})
+    models = {}
     for name, folder in folders.items():
         if not (Path(folder) / "config.json").is_file():
             raise ValueError(
                 f"{name}={folder} holds no model (config.json is missing); run the job that writes it, or correct it"
             )
-        most = max(settings.max_replicas, settings.replicas, 1)
-        deployment = serve.deployment(
+        deployment: Any = serve.deployment(
             Model,
             name=name,
             max_ongoing_requests=settings.batch + settings.batch // 2,  # the next ones are there when a place becomes free
@@ -380,7 +382,7 @@ def build(settings: Settings) -> serve.Application:
             },
             autoscaling_config={
                 "min_replicas": settings.replicas,
-                "max_replicas": most,
+                "max_replicas": max(settings.max_replicas, settings.replicas, 1),
                 "target_ongoing_requests": settings.batch,
                 "upscale_delay_s": 5,
             },
@@ -388,5 +390,10 @@ def build(settings: Settings) -> serve.Application:
             graceful_shutdown_timeout_s=settings.timeout,
         )
         sizes = settings.max_tokens, settings.batch, settings.batch, settings.prefix_mb
-        models[name] = deployment.bind(str(Path(folder).resolve()), name, *sizes, settings.threads, settings.gpus > 0)  # type: ignore
-    return Api.bind(settings, models)  # type: ignore[attr-defined]
+        models[name] = deployment.bind(str(Path(folder).resolve()), name, *sizes, settings.threads, settings.gpus > 0)
+    return models
+
+
+def build(settings: Settings) -> serve.Application:
+    """The application of `Settings`. Raises ValueError for a folder that holds no model."""
+    return Api.bind(settings, models_of(settings))  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ import hashlib
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geodistill.data.record import Conversation
 from geodistill.data.rows import Question
 from geodistill.distill.cache import beginning, begun
 from geodistill.distill.decode import Decoder
@@ -92,15 +91,11 @@ class Engine:
 
     # what an asyncio loop calls
 
-    def prompt(self, turns: list[tuple[str, str | None]]) -> list[int]:
-        """Token ids behind the image of a conversation whose last answer is None."""
-        return self.packer.questions("request", [Conversation("conversation", turns)], with_answers=False)[-1].prompt
-
     def room(self, prompt: list[int]) -> int:
         """Tokens that an answer can have at most."""
         return self.context - len(self.packer.prefix) - len(prompt)
 
-    async def answer(self, request: Request) -> AsyncIterator[int]:
+    async def answer(self, request: Request) -> AsyncGenerator[int]:
         """The number of tokens of `request.tokens` so far, each time there are more; ends with the answer.
 
         Raises Full, TooLate, or what stopped the model. Whoever stops listening frees the place in the batch.
@@ -280,4 +275,4 @@ def sample(log_p_V: Tensor, temperature: float, top_p: float, number: float) -> 
 
 def content_key(pixels: np.ndarray) -> str:
     """What stands for the content of an image."""
-    return hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()

@@ -84,7 +84,7 @@ class Model:
         """The answer as it grows, each time the whole text so far."""
         start = time.monotonic()
         try:
-            prompt = self.engine.prompt(asked.turns)
+            prompt = self.engine.reader.prompt(asked.turns)
         except ValueError as error:
             yield self._ended(Said(str(error), status=400), start)
             return

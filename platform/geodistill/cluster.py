@@ -21,6 +21,13 @@ ENVIRONMENT = {
 }
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def connect() -> None:
     """Initialise Ray once: the cluster of RAY_ADDRESS or of this machine, else a local Ray of its own.
 
@@ -45,9 +52,7 @@ def connect() -> None:
                     f"Ray of this job's own ({error})"
                 ) from error
     os.environ.pop("RAY_ADDRESS", None)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     # Ray Train frees the workers of a finished run through the dashboard's API: without it, or with another cluster's, they
     # are held for ever.
     api = {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}

@@ -6,7 +6,6 @@ import io
 import os
 import re
 import signal
-import socket
 import threading
 import time
 
@@ -18,6 +17,7 @@ import ray
 from PIL import Image
 from ray import serve
 
+from geodistill.cluster import free_port
 from geodistill.data.record import open_image
 from geodistill.models import assemble
 from serving.app import TOKEN, Settings, build
@@ -37,9 +37,7 @@ def folder(student, processor, tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(ray_cluster, folder):
     """The served student and, as its teacher, itself."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     settings = Settings(student=str(folder), teacher=str(folder), cpus=0.1, max_body_mb=2, max_pixels=4_000_000, max_tokens=24,
                         batch=8, queue=200)  # fmt: skip
@@ -75,7 +73,7 @@ def alone(folder):
     def ask(record, question, limit=24):
         async def run():
             pixels = square(open_image(record.image, record.id), engine.reader.size)
-            request = Request(engine.prompt([(question, None)]), content_key(pixels), pixels, limit)
+            request = Request(engine.reader.prompt([(question, None)]), content_key(pixels), pixels, limit)
             async for _ in engine.answer(request):
                 pass
             return engine.reader.text(request.tokens)

@@ -34,7 +34,7 @@ def asked(folder, records, pictures):
     engine = Engine(folder)
     images = [square(picture, engine.reader.size) for picture in pictures[:8]]
     return [
-        (image, engine.prompt([(c.turns[0][0], None)]))
+        (image, engine.reader.prompt([(c.turns[0][0], None)]))
         for record, image in zip(records, images, strict=False)
         for c in record.conversations
     ]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from geodistill.data.record import Conversation
 from geodistill.data.rows import Packer
 from geodistill.models import assemble
 from geodistill.models.row_model import row_model
@@ -42,6 +43,10 @@ class Reader:
             self.packer.questions_per_row, self.packer.share_rows = 1, False
         self.forbidden = assemble.forbidden_tokens(self.tokenizer, len(self.tokenizer)).to(self.device)
         self.end: int = self.tokenizer.eos_token_id
+
+    def prompt(self, turns: list[tuple[str, str | None]]) -> list[int]:
+        """Token ids behind the image of a conversation whose last answer is None."""
+        return self.packer.questions("request", [Conversation("conversation", turns)], with_answers=False)[-1].prompt
 
     def text(self, tokens: list[int]) -> str:
         """What an answer says."""
