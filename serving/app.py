@@ -7,7 +7,6 @@ replicas. Settings are the fields of `Settings`; a token that every request must
 """
 
 import asyncio
-import functools
 import hmac
 import logging
 import os
@@ -18,7 +17,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
-import numpy as np
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
@@ -31,20 +29,15 @@ from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
 from geodistill.cluster import ENVIRONMENT
-from geodistill.data.imagery import displayable, encode
-from geodistill.data.record import BadRecord, open_image
-from geodistill.data.stream import square
-from geodistill.data.synthetic import Scene, make_scene
 from serving import openai
 from serving.model import Asked, Model, Said, new_seed
 from serving.openai import ChatRequest, Refused
+from serving.pictures import preview_of, sample_scenes, see
 
 TOKEN = "GEODISTILL_API_TOKEN"
 TRIES = 6  # replicas that a request is sent to before it is given up
 LOST = (RayActorError, DeploymentUnavailableError)
 PAGE = Path(__file__).parent / "web"
-PREVIEW = 1024
-SAMPLES, SAMPLES_SEED = 8, 7
 POLICY = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 logger = logging.getLogger("ray.serve")
 
@@ -137,6 +130,12 @@ def authorised(request: Request) -> None:
     given = request.headers.get("authorization", "")
     if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
         raise Refused(401, "this endpoint needs a token: send the header Authorization: Bearer TOKEN")
+
+
+def _checked(said: Said) -> Said:
+    if said.status != 200:
+        raise Refused(said.status, said.text, retry_after=1 if said.status == 429 else None)
+    return said
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -328,39 +327,6 @@ class Api:
         return found
 
 
-def _checked(said: Said) -> Said:
-    if said.status != 200:
-        raise Refused(said.status, said.text, retry_after=1 if said.status == 429 else None)
-    return said
-
-
-def see(data: bytes, size: int, max_pixels: int) -> tuple[np.ndarray, int, int]:
-    """Encoded image -> (uint8 [size, size, 3] as the model sees it, width, height in pixels). Raises Refused."""
-    try:
-        shown, width, height = displayable(data, "image_url", [], max_pixels)
-        return square(open_image(shown, "image_url"), size), width, height
-    except BadRecord as error:
-        raise Refused(400, f"image_url: {error.reason}", "image_url") from error
-
-
-def preview_of(data: bytes, max_pixels: int) -> tuple[bytes, int, int]:
-    """Encoded image -> (PNG of at most PREVIEW pixels a side, width, height of the whole). Raises Refused."""
-    try:
-        shown, width, height = displayable(data, "image", [], max_pixels)
-        picture = open_image(shown, "image")
-    except BadRecord as error:
-        raise Refused(400, f"image: {error.reason}") from error
-    picture.thumbnail((PREVIEW, PREVIEW))
-    return encode(picture), width, height
-
-
-@functools.cache
-def sample_scenes() -> list[tuple[Scene, bytes]]:
-    """Some scenes of the embedded data set, as PNG."""
-    found = (make_scene(SAMPLES_SEED, "samples", i)[:2] for i in range(SAMPLES))
-    return [(scene, encode(picture)) for scene, picture in found]
-
-
 def models_of(settings: Settings, student: str = "student") -> dict[str, serve.Application]:
     """The deployments of the models by their names. Raises ValueError for a folder that holds none."""
     folders = {student: settings.student} | ({"teacher": settings.teacher} if settings.teacher else {})
@@ -389,7 +355,7 @@ def models_of(settings: Settings, student: str = "student") -> dict[str, serve.A
             health_check_period_s=2,
             graceful_shutdown_timeout_s=settings.timeout,
         )
-        sizes = settings.max_tokens, settings.batch, settings.batch, settings.prefix_mb
+        sizes = settings.max_tokens, settings.batch, 2 * settings.batch, settings.prefix_mb
         models[name] = deployment.bind(str(Path(folder).resolve()), name, *sizes, settings.threads, settings.gpus > 0)
     return models
 

@@ -3,11 +3,14 @@
 import base64
 import concurrent.futures
 import io
+import json
 import os
 import re
+import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -25,6 +28,8 @@ from serving.engine import Engine
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
 SECRET = "a token of the test"
+ROOT = Path(__file__).parents[2]
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +41,12 @@ def folder(student, processor, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(ray_cluster, folder):
-    """The served student and, as its teacher, itself."""
+    """A served student of random weights and, as its teacher, the demo's, which knows what boxes are."""
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    settings = Settings(student=str(folder), teacher=str(folder), cpus=0.1, max_body_mb=2, max_pixels=4_000_000, max_tokens=24,
-                        batch=8, queue=200)  # fmt: skip
+    teacher = ROOT / "configs/demo-teacher"
+    limits = {"max_body_mb": 2, "max_pixels": 4_000_000, "max_tokens": 24, "batch": 8, "queue": 200}
+    settings = Settings(student=str(folder), teacher=str(teacher), cpus=0.1, **limits)
     serve.run(build(settings), name="geodistill", route_prefix="/")
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
@@ -93,7 +99,7 @@ def test_openais_client_works_unchanged(client, address, records, alone):
     assert whole.usage.completion_tokens > 0 and whole.usage.prompt_tokens > 10
     pieces = list(
         client.chat.completions.create(
-            model="teacher", messages=messages(record, question), stream=True, stream_options={"include_usage": True}
+            model="student", messages=messages(record, question), stream=True, stream_options={"include_usage": True}
         )
     )
     text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
@@ -109,6 +115,9 @@ def test_openais_client_works_unchanged(client, address, records, alone):
         for s in (1, 1, 2)
     ]
     assert drawn[0].choices[0].message.content == drawn[1].choices[0].message.content != drawn[2].choices[0].message.content
+    found = client.chat.completions.create(model="teacher", messages=messages(record, "[refer] where is <p>building</p>?"))
+    boxes = found.choices[0].message.boxes
+    assert boxes and boxes[0]["label"] == "building" and len(boxes[0]["polygon"]) == 4, found
     for path in ("/health", "/ready", "/openapi.json", "/", "/samples", "/samples/0.png", "/web/page.js"):
         assert httpx.get(address + path).status_code == 200, path
 
@@ -142,11 +151,11 @@ def test_requests_that_cannot_be_served_say_why(address, records):
         ({**good, "n": 5}, 400, "n"),
         ({**good, "messages": [{"role": "user", "content": "no image"}]}, 400, "no image"),
         ({**good, "messages": messages(record, "How many <image>?")}, 400, "special token"),
-        ({**good, "messages": messages(record, "word " * 3500)}, 400, "fit"),
+        ({**good, "messages": messages(record, "x1 " * 6500)}, 400, "fit"),
         (image("data:image/png;base64,AAAA"), 400, "cannot be decoded"),
         (image(data_url(record.image[:200])), 400, "cannot be decoded"),
         (image("data:text/html,<b>"), 400, "data URL"),
-        (image(data_url(flat.getvalue())), 400, "over the limit"),
+        (image(data_url(flat.getvalue())), 400, "pixels"),
         (image("http://127.0.0.1:1/a.png"), 400, "image_hosts"),
         (image("file:///etc/passwd"), 400, "image_hosts"),
         (image("http://metadata/"), 400, "image_hosts"),
@@ -252,3 +261,79 @@ def test_prometheus_has_the_figures(address, client, records):
     else:
         pytest.fail("\n".join(line for line in text.splitlines() if "geodistill" in line))
     assert re.search(r'ray_geodistill_requests_total\{.*ended="stop|length".*\} [1-9]', text)
+
+
+@pytest.fixture
+def page(address):
+    if not CHROMIUM:
+        pytest.skip("needs a Chromium (chromium or google-chrome on the PATH)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1100, "height": 800})
+        troubles: list[str] = []
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on("console", lambda line: troubles.append(line.text) if line.type == "error" else None)
+        page.goto(address)
+        yield page
+        assert not troubles
+        browser.close()
+
+
+def test_the_page(page, tmp_path, records):
+    """An image is chosen, a question asked, both models answer, and the boxes are drawn: as a person does it."""
+    from playwright.sync_api import expect
+
+    page.get_by_role("button", name="Describe").click()
+    expect(page.get_by_role("alert")).to_contain_text("Choose an image")
+    (tmp_path / "scene.png").write_bytes(records[0].image)
+    page.set_input_files("#file", tmp_path / "scene.png")
+    expect(page.locator("#about")).to_contain_text("scene.png, 64 × 64 pixels")
+    page.get_by_label("Question", exact=True).fill("[refer] where is <p>building</p>?")
+    page.get_by_role("button", name="Ask").click()
+    expect(page.locator("#stop")).to_be_hidden(timeout=30_000)
+    answers = page.locator(".answer p")
+    assert answers.count() == 2 and re.search(r"\{<\d+>", answers.nth(1).inner_text())
+    box = page.locator("#boxes polygon").first
+    expect(box).to_be_visible()
+    assert len(box.get_attribute("points").split()) == 4 and box.locator("title").text_content() == "teacher: building"
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.get_by_role("button", name="Copy as GeoJSON").click()
+    copied = json.loads(page.evaluate("navigator.clipboard.readText()"))
+    assert copied["features"][-1]["properties"]["model"] == "teacher" and copied["type"] == "FeatureCollection"
+    page.get_by_role("button", name="Copy as JSON").click()
+    copied = json.loads(page.evaluate("navigator.clipboard.readText()"))
+    assert [one["model"] for one in copied["answers"]] == ["student", "teacher"]
+
+    # a box drawn with the mouse, and one with the keyboard
+    page.locator("#samples button").first.click()
+    expect(page.locator("#about")).to_contain_text("64 × 64")
+    page.get_by_role("button", name="What is here").click()
+    area = page.locator("#view").bounding_box()
+    page.mouse.move(area["x"] + area["width"] * 0.25, area["y"] + area["height"] * 0.25)
+    page.mouse.down()
+    page.mouse.move(area["x"] + area["width"] * 0.75, area["y"] + area["height"] * 0.5, steps=4)
+    page.mouse.up()
+    expect(page.get_by_label("Question", exact=True)).to_have_value(re.compile(r"\[identify\] what is at \{<25><25><75><50>\|<0>\}\?"))
+    expect(page.locator("#stop")).to_be_hidden(timeout=30_000)
+    page.locator("#view").focus()
+    for key in ("ArrowRight", "ArrowRight", "Shift+ArrowDown", "Enter"):
+        page.keyboard.press(key)
+    expect(page.get_by_label("Question", exact=True)).to_have_value(re.compile(r"\{<29><25><79><52>\|<0>\}"))
+    expect(page.locator("#stop")).to_be_hidden(timeout=30_000)
+
+
+def test_the_page_on_a_phone_and_with_a_geotiff(page, tmp_path):
+    import rasterio
+    from playwright.sync_api import expect
+
+    page.set_viewport_size({"width": 360, "height": 740})
+    with rasterio.open(tmp_path / "deep.tif", "w", driver="GTiff", width=90, height=60, count=4, dtype="uint16") as raster:
+        raster.write(np.random.default_rng(0).integers(0, 5000, (4, 60, 90)).astype("uint16"))
+    page.set_input_files("#file", tmp_path / "deep.tif")
+    expect(page.locator("#about")).to_contain_text("deep.tif, 90 × 60 pixels")
+    page.get_by_role("button", name="Classify").click()
+    expect(page.locator("#stop")).to_be_hidden(timeout=30_000)
+    assert page.locator(".answer p").nth(1).inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360  # nothing hangs out to the side
