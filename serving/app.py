@@ -51,7 +51,7 @@ class Settings(BaseModel):
     teacher: str = Field("", description="folder of a teacher to be served beside it, for comparison")
     replicas: int = Field(1, ge=0, description="replicas of each model at least")
     max_replicas: int = Field(0, ge=0, description="and at most, as the queue asks for; 0: as many as at least")
-    cpus: float = Field(1, gt=0, description="CPUs of a replica [Ray's accounting]")
+    cpus: float = Field(0.5, gt=0, description="CPUs of a replica [Ray's accounting]")
     gpus: float = Field(0, ge=0, description="GPUs of a replica; 0: it runs on the CPU")
     threads: int = Field(1, ge=1, description="threads of a replica on the CPU")
     batch: int = Field(32, ge=1, description="requests that a replica answers together")
@@ -152,7 +152,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-@serve.deployment(max_ongoing_requests=4096, ray_actor_options={"num_cpus": 0.5, "runtime_env": {"env_vars": ENVIRONMENT}})
+@serve.deployment(max_ongoing_requests=4096, ray_actor_options={"num_cpus": 0.25, "runtime_env": {"env_vars": ENVIRONMENT}})
 @serve.ingress(app)
 class Api:
     """What clients talk to. models: a handle of each model by its name."""

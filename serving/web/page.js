@@ -105,8 +105,10 @@ function show() {
       const shape = svg("polygon", { points: polygon.map((p) => p.join(",")).join(" "), stroke: COLORS[at % COLORS.length] });
       shape.append(svg("title", {}, `${model}: ${label || "box"}`));
       group.append(shape);
-      const top = polygon.reduce((a, b) => (b[1] < a[1] ? b : a));
-      if (label) group.append(svg("text", { x: top[0], y: Math.max(top[1] - size / 3, size), "font-size": size }, label));
+      const down = at % 2; // the second model's labels stand below its boxes
+      const [x, y] = polygon.reduce((a, b) => ((b[1] < a[1]) !== Boolean(down) ? b : a));
+      const line = Math.min(Math.max(down ? y + size : y - size / 3, size), image.height - size / 3);
+      if (label) group.append(svg("text", { x, y: line, "font-size": size, fill: COLORS[at % COLORS.length] }, label));
     }
   });
   const box = $("drawn");
@@ -236,6 +238,10 @@ async function ask() {
   }
 }
 
+function readable(text) { // the boxes are on the image, and as numbers in the copies
+  return text.replace(/<\/?p>/g, "").replace(/<delim>/g, " ").replace(/\{<[^}]*>\}/g, "▭");
+}
+
 function card({ model }, at) {
   const node = document.createElement("article");
   node.className = "card answer writes";
@@ -261,7 +267,7 @@ async function write(answer, signal) {
       if (piece.error) throw new Error(piece.error.message);
       const delta = piece.choices[0].delta;
       answer.text += delta.content || "";
-      text.textContent = answer.text;
+      text.textContent = readable(answer.text);
       if (delta.boxes) answer.boxes = delta.boxes;
     }
     if (!answer.text) text.textContent = "(no words)";
