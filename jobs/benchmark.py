@@ -11,6 +11,7 @@ consumers [N]: the data plane under 8, 64 and 512 streams at once (or N), which 
 faults: what a killed worker, data task or driver, SIGTERM, a full disk ... cost a run, and whether it ends like an unbroken one.
 soak [MINUTES]: a long distillation with a fault every two minutes, against one without.
 serve: answers/s of the endpoint with distill's student, beside transformers' generate one request at a time.
+load [MINUTES]: the endpoint with 32 clients, a replica killed every 30 s, and another student half way.
 compare: the ratios of all that were measured beside those of README's Results; ends with 1 where one has fallen.
 """
 
@@ -22,8 +23,8 @@ from pathlib import Path
 from geodistill.cli import main
 from geodistill.config import Config
 
-NAMES = ("data", "step", "operators", "loss", "distill", "scaling", "consumers", "faults", "soak", "serve", "compare")
-WITH_RAY = ("data", "scaling", "consumers", "faults", "soak", "serve")
+NAMES = ("data", "step", "operators", "loss", "distill", "scaling", "consumers", "faults", "soak", "serve", "load", "compare")
+WITH_RAY = ("data", "scaling", "consumers", "faults", "soak", "serve", "load")
 
 
 def benchmark(config: Config, name: str, *words: str) -> None:
@@ -46,7 +47,7 @@ if __name__ == "__main__":
     if name not in NAMES:
         print(f"benchmark: cannot measure {name!r}; the first argument is one of: {', '.join(NAMES)}", file=sys.stderr)
         raise SystemExit(2)
-    more = {"distill": ("quick", "full").__contains__, "soak": str.isdigit, "consumers": str.isdigit}.get(
+    more = {"distill": ("quick", "full").__contains__, "soak": str.isdigit, "load": str.isdigit, "consumers": str.isdigit}.get(
         name, lambda word: False
     )
     words = [sys.argv.pop(1)] if sys.argv[1:2] and more(sys.argv[1]) else []

@@ -10,14 +10,16 @@ import asyncio
 import hmac
 import logging
 import os
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import aiohttp
-from fastapi import Depends, FastAPI, Request
+import numpy as np
+from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
@@ -29,12 +31,18 @@ from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
 from geodistill.cluster import ENVIRONMENT
+from geodistill.data.imagery import DRIVERS
+from geodistill.data.record import BadRecord, check_text
+from geodistill.data.scenes import Found, Scene, Tile, found_in, merged, open_scene, tiles
+from geodistill.data.stream import square
+from geodistill.language import GROUNDING
 from serving import openai
 from serving.model import Asked, Model, Said, new_seed
 from serving.openai import ChatRequest, Refused
 from serving.pictures import preview_of, sample_scenes, see
 
 TOKEN = "GEODISTILL_API_TOKEN"
+BUSY = "too many requests wait for this model; try again in a second"
 TRIES = 6  # replicas that a request is sent to before it is given up
 LOST = (RayActorError, DeploymentUnavailableError)
 PAGE = Path(__file__).parent / "web"
@@ -59,6 +67,7 @@ class Settings(BaseModel):
     timeout: float = Field(60, gt=0, description="seconds that an answer may take, else 504")
     max_tokens: int = Field(256, ge=1, description="tokens of an answer at most")
     max_body_mb: float = Field(32, gt=0, description="size of a request [MiB]")
+    max_scene_mb: float = Field(1024, gt=0, description="size of a whole scene [MiB]")
     max_pixels: int = Field(50_000_000, ge=1, description="of an image, before it is decoded")
     image_hosts: list[str] = Field(
         [], description="hosts (host or host:port) that image_url may name by http(s); none: data URLs alone"
@@ -68,9 +77,11 @@ class Settings(BaseModel):
 
 
 class Limit:
-    """ASGI: answer 413 to a body that is longer than `most` bytes, before it is read; 400 where it does not say its length."""
+    """ASGI: answer 413 to a body that is longer than `most` bytes (of a scene `most_of_scene`), before it is read; 400 where it
+    does not say its length."""
 
     most = 2**25
+    most_of_scene = 2**30
 
     def __init__(self, app):
         self.app = app
@@ -78,10 +89,11 @@ class Limit:
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        too_long = Refused(413, f"the body is longer than {self.most / 2**20:g} MiB")
+        most = self.most_of_scene if scope["path"] == "/v1/scenes" else self.most
+        too_long = Refused(413, f"the body is longer than {most / 2**20:g} MiB")
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self.most:
+        if length.isdigit() and int(length) > most:
             return await refuse(too_long)(scope, receive, send)
         read = 0
 
@@ -89,7 +101,7 @@ class Limit:
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
-            if read > self.most:
+            if read > most:
                 raise too_long
             return message
 
@@ -159,7 +171,7 @@ class Api:
 
     def __init__(self, settings: Settings, models: dict[str, DeploymentHandle]):
         self.settings, self.models = settings, models
-        Limit.most = int(settings.max_body_mb * 2**20)
+        Limit.most, Limit.most_of_scene = (int(limit * 2**20) for limit in (settings.max_body_mb, settings.max_scene_mb))
         self.sizes: dict[str, int] = {}
         self.began = int(time.time())
 
@@ -187,8 +199,7 @@ class Api:
     @app.post("/v1/chat/completions", tags=["openai"], dependencies=[Depends(authorised)], responses=ERRORS)
     async def chat(self, request: ChatRequest) -> Any:
         """Answer a question on an image; with stream=true as server-sent events."""
-        if request.model not in self.models:
-            raise Refused(404, f"model: {request.model!r} is none of {', '.join(self.models)}", "model")
+        self._need(request.model)
         turns, url = openai.conversation(request)
         data = openai.data_url(url)
         image = await self._fetch(url) if data is None else data
@@ -210,6 +221,69 @@ class Api:
         boxes = openai.boxes_of(said.text, question, width, height, self.settings.angle_counter_clockwise)
         tokens = openai.usage(said.prompt, said.tokens)
         return JSONResponse(openai.completion(openai.new_id(), request.model, said.text, boxes, said.reason or "stop", tokens))
+
+    @app.post("/v1/scenes", tags=["scenes"], dependencies=[Depends(authorised)], responses=ERRORS)
+    async def scenes(
+        self,
+        request: Request,
+        model: str = "student",
+        question: str = f"{GROUNDING} describe the image in detail.",
+        tile: Annotated[int, Query(ge=0, le=8192)] = 0,
+        overlap: Annotated[int, Query(ge=-1, le=8192)] = -1,
+        iou: Annotated[float, Query(gt=0, le=1)] = 0.3,
+        geographic: bool = True,
+    ) -> Any:
+        """Look at a whole GeoTIFF, the body of the request, tile by tile: what was found, as GeoJSON in longitude and latitude
+        (geographic=false: in the scene's own coordinates). tile, overlap: pixels; 0, -1: what the model sees, and a quarter."""
+        self._need(model, question)
+        size = await self._size(model)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "scene"
+            with file.open("wb") as out:
+                async for piece in request.stream():
+                    out.write(piece)
+            try:
+                with open_scene(str(file), drivers=DRIVERS) as scene:
+                    side = tile or size
+                    cut = tiles(scene.width, scene.height, side, side // 4 if overlap < 0 else overlap)
+                    found = await self._look(model, scene, cut, question, size)
+                    return JSONResponse(scene.geojson(merged(found, iou), geographic, model=model))
+            except BadRecord as error:
+                raise Refused(400, error.reason) from error
+            except ValueError as error:
+                raise Refused(400, str(error)) from error
+            except ExceptionGroup as errors:  # of a tile
+                raise errors.exceptions[0] from errors
+
+    async def _look(self, model: str, scene: Scene, cut: list[Tile], question: str, size: int) -> list[Found]:
+        """What a model finds in the tiles `cut` of a scene; so many of them at a time as a replica answers together."""
+        loop, places = asyncio.get_running_loop(), asyncio.Semaphore(self.settings.batch)
+        found: list[Found] = []
+
+        async def look(tile: Tile, pixels: np.ndarray) -> None:
+            try:
+                asked = Asked([(question, None)], pixels, seconds=self.settings.timeout)
+                said = await self._ask(model, asked, waits=True)
+                ccw = self.settings.angle_counter_clockwise
+                found.extend(found_in(tile, scene, question, said.text, said.score, ccw))
+            finally:
+                places.release()
+
+        async with asyncio.TaskGroup() as group:
+            for tile in cut:
+                await places.acquire()
+                image = await loop.run_in_executor(None, scene.read, tile)
+                if image is None:
+                    places.release()
+                else:
+                    group.create_task(look(tile, square(image, size)))
+        return found
+
+    def _need(self, model: str, text: str = "?") -> None:
+        if model not in self.models:
+            raise Refused(404, f"model: {model!r} is none of {', '.join(self.models)}", "model")
+        if reason := check_text(text):
+            raise Refused(400, f"question: {reason}", "question")
 
     @app.get("/", include_in_schema=False)
     async def page(self) -> Response:
@@ -241,17 +315,21 @@ class Api:
             self.sizes[name] = (await self.models[name].about.remote())["size"]
         return self.sizes[name]
 
-    async def _ask(self, name: str, asked: Asked) -> Said:
-        """The answer of a model, asked again where a replica is lost. Raises Refused."""
+    async def _ask(self, name: str, asked: Asked, waits: bool = False) -> Said:
+        """The answer of a model, asked again where a replica is lost; waits: and where too many wait. Raises Refused."""
         end = time.monotonic() + asked.seconds
-        for attempt in range(TRIES):
+        attempt = 0
+        while attempt < TRIES:
             try:
                 said = await asyncio.wait_for(self.models[name].answer.remote(asked), max(end - time.monotonic(), 0.01))
                 return _checked(said)
             except LOST as error:
                 await self._again(name, attempt, error)
+                attempt += 1
             except BackPressureError as error:
-                raise Refused(429, "too many requests wait for this model; try again in a second", retry_after=1) from error
+                if not waits or time.monotonic() > end:
+                    raise Refused(429, BUSY, retry_after=1) from error
+                await asyncio.sleep(0.2)
             except TimeoutError as error:
                 raise Refused(504, f"the answer took longer than {asked.seconds:g} s") from error
         raise Refused(503, f"{name} lost its replicas {TRIES} times while it answered", retry_after=5)
@@ -274,7 +352,7 @@ class Api:
             except LOST as error:
                 await self._again(name, attempt, error)
             except BackPressureError as error:
-                raise Refused(429, "too many requests wait for this model; try again in a second", retry_after=1) from error
+                raise Refused(429, BUSY, retry_after=1) from error
         raise Refused(503, f"{name} lost its replicas {TRIES} times while it answered", retry_after=5)
 
     async def _again(self, name: str, attempt: int, error: Exception) -> None:

@@ -200,6 +200,34 @@ def test_the_page_shows_what_a_browser_does_not_know(address):
     assert Image.open(io.BytesIO(answer.content)).size == (300, 200)
 
 
+def test_a_whole_scene(address, records):
+    """Scenes of the generator side by side, as a GeoTIFF: what the demo's teacher finds lies where they are."""
+    import rasterio
+    from rasterio.transform import from_origin
+
+    pictures = [np.asarray(open_image(record.image, record.id)) for record in records[:6]]
+    mosaic = np.concatenate([np.concatenate(pictures[:3], 1), np.concatenate(pictures[3:], 1)]).transpose(2, 0, 1)
+    where = {"crs": "EPSG:32632", "transform": from_origin(500_000, 5_400_000, 1, 1)}
+    with rasterio.MemoryFile() as memory:
+        with memory.open(driver="GTiff", width=192, height=128, count=3, dtype="uint8", **where) as raster:
+            raster.write(mosaic)
+        data = memory.read()
+    asked = {"model": "teacher", "question": "[refer] where is <p>building</p>?", "overlap": 0}
+    answer = httpx.post(f"{address}/v1/scenes", params={**asked, "geographic": False}, content=data, timeout=60)
+    assert answer.status_code == 200, answer.text
+    found = answer.json()
+    assert found["crs"]["properties"]["name"].endswith("32632") and 1 <= len(found["features"]) <= 6
+    for feature in found["features"]:
+        xs, ys = zip(*feature["geometry"]["coordinates"][0], strict=True)
+        assert min(xs) > 499_990 and max(xs) < 500_202 and min(ys) > 5_399_862 and max(ys) < 5_400_010
+        assert 0 < feature["properties"]["score"] <= 1
+    degrees = httpx.post(f"{address}/v1/scenes", params=asked, content=data, timeout=60).json()["features"]
+    assert len(degrees) == len(found["features"]) and 8.9 < degrees[0]["geometry"]["coordinates"][0][0][0] < 9.1
+    for content, params, status in ((b"x", asked, 400), (data, {**asked, "tile": 16, "overlap": 20}, 400),
+                                    (data, {**asked, "model": "x"}, 404), (data, {**asked, "iou": 7}, 400)):  # fmt: skip
+        assert httpx.post(f"{address}/v1/scenes", params=params, content=content, timeout=60).status_code == status
+
+
 def replicas(name: str) -> dict[str, int]:
     """Replica -> process id."""
     found = serve.status().applications["geodistill"].deployments[name]

@@ -61,11 +61,16 @@ class OneAtATime:
         return Said(self.reader.text(out), len(prompt), len(out), "stop")
 
 
+def data_url(image: bytes) -> str:
+    """A PNG as a data URL."""
+    return "data:image/png;base64," + base64.b64encode(image).decode()
+
+
 def requests_of(records: list[ImageRecord], case: str) -> list[tuple[str, str]]:
     """(image as a data URL, question) in the order of asking."""
     chosen = [max(records, key=lambda r: len(r.conversations))] if "one image" in case else records
     asked = [[conversation.turns[0][0] for conversation in record.conversations] for record in chosen]
-    urls = ["data:image/png;base64," + base64.b64encode(record.image).decode() for record in chosen]
+    urls = [data_url(record.image) for record in chosen]
     most = max(map(len, asked))
     return [(urls[i], asked[i][turn % len(asked[i])]) for turn in range(most) for i in range(len(chosen))]
 

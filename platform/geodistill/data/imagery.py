@@ -13,7 +13,7 @@ from geodistill.data.record import MAX_PIXELS, BadRecord
 
 PERCENTILES = (2.0, 98.0)
 # of GDAL; not those that read other files than the one they are given, or from other hosts
-_DRIVERS = ["GTiff", "JP2OpenJPEG", "PNG", "JPEG", "GIF", "BMP", "WEBP", "HFA", "NITF"]
+DRIVERS = ["GTiff", "JP2OpenJPEG", "PNG", "JPEG", "GIF", "BMP", "WEBP", "HFA", "NITF"]
 _EIGHT_BIT = ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LA")
 
 
@@ -63,7 +63,7 @@ def displayable(data: bytes, record: str, bands: list[int], max_pixels: int = MA
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.MemoryFile(data) as memory, memory.open(driver=_DRIVERS) as raster:
+            with rasterio.MemoryFile(data) as memory, memory.open(driver=DRIVERS) as raster:
                 _need_pixels(raster.width, raster.height, max_pixels, record)
                 wanted = bands or ([1, 2, 3] if raster.count >= 3 else [1])
                 if max(wanted) > raster.count:

@@ -168,13 +168,14 @@ def found_in(tile: Tile, scene: Scene, question: str, answer: str, score: float,
 
 
 @contextmanager
-def open_scene(path: str, bands: Sequence[int] = ()) -> Iterator[Scene]:
-    """A scene in a file, local or s3://. Raises BadRecord for one that cannot be read."""
+def open_scene(path: str, bands: Sequence[int] = (), drivers: Sequence[str] | None = None) -> Iterator[Scene]:
+    """A scene in a file, local or s3://; drivers: those of GDAL that may read it. Raises BadRecord where it cannot be read."""
     folder, _, name = path.rpartition("/")
     try:
         with rasterio.Env(GDAL_CACHEMAX=128):
             source: Any = open_folder(folder).open_input_file(name) if "://" in path else path
-            with rasterio.open(source) as raster:
+            # rasterio.open takes one driver, what it opens several
+            with rasterio.DatasetReader(path, driver=[*drivers]) if drivers else rasterio.open(source) as raster:
                 yield Scene(raster, path, bands)
     except (RasterioError, OSError) as error:
         if isinstance(error, BadRecord):
