@@ -43,6 +43,8 @@ from serving.pictures import preview_of, sample_scenes, see
 
 TOKEN = "GEODISTILL_API_TOKEN"
 BUSY = "too many requests wait for this model; try again in a second"
+SMALL = 50_000  # bytes of an image that is decoded faster than handed to another thread
+QUIET = {"enable_access_log": False}  # a line a request costs more than many an answer; Prometheus has the figures
 TRIES = 6  # replicas that a request is sent to before it is given up
 LOST = (RayActorError, DeploymentUnavailableError)
 PAGE = Path(__file__).parent / "web"
@@ -136,7 +138,7 @@ async def _invalid(_: Request, error: RequestValidationError) -> Response:
     return refuse(Refused(400, f"{field or 'body'}: {first['msg']}", field or None))
 
 
-def authorised(request: Request) -> None:
+async def authorised(request: Request) -> None:
     """Raise Refused where a token is asked for and the request does not bring it."""
     token = os.environ.get(TOKEN)
     given = request.headers.get("authorization", "")
@@ -164,7 +166,11 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-@serve.deployment(max_ongoing_requests=4096, ray_actor_options={"num_cpus": 0.25, "runtime_env": {"env_vars": ENVIRONMENT}})
+@serve.deployment(
+    max_ongoing_requests=4096,
+    logging_config=QUIET,
+    ray_actor_options={"num_cpus": 0.25, "runtime_env": {"env_vars": ENVIRONMENT}},
+)
 @serve.ingress(app)
 class Api:
     """What clients talk to. models: a handle of each model by its name."""
@@ -204,7 +210,11 @@ class Api:
         data = openai.data_url(url)
         image = await self._fetch(url) if data is None else data
         size = await self._size(request.model)
-        pixels, width, height = await asyncio.get_running_loop().run_in_executor(None, see, image, size, self.settings.max_pixels)
+        if len(image) < SMALL:
+            pixels, width, height = see(image, size, self.settings.max_pixels)
+        else:
+            arguments = image, size, self.settings.max_pixels
+            pixels, width, height = await asyncio.get_running_loop().run_in_executor(None, see, *arguments)
         stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
         asked = Asked(
             turns, pixels, request.max_completion_tokens or request.max_tokens, request.temperature or 0.0,
@@ -432,6 +442,7 @@ def models_of(settings: Settings, student: str = "student") -> dict[str, serve.A
             },
             health_check_period_s=2,
             graceful_shutdown_timeout_s=settings.timeout,
+            logging_config=QUIET,
         )
         sizes = settings.max_tokens, settings.batch, 2 * settings.batch, settings.prefix_mb
         models[name] = deployment.bind(str(Path(folder).resolve()), name, *sizes, settings.threads, settings.gpus > 0)

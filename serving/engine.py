@@ -23,6 +23,7 @@ from geodistill.models import assemble
 from geodistill.models.reader import Reader
 
 QUESTIONS_PER_ROW = 8
+PATIENCE = 4  # steps that a few requests wait for others to join with: reading two images costs little more than reading one
 
 
 class Full(Exception):
@@ -82,6 +83,7 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self.asked: dict[int, Request] = {}  # in the batch, by number
         self.numbered = 0
+        self.since = 0  # steps, since requests joined
         self.gone: set[Request] = set()  # whose clients have left
         self.counts = {"requests": 0, "tokens": 0, "steps": 0, "images_read": 0, "images_known": 0}
         self.wakes = threading.Condition()
@@ -174,8 +176,11 @@ class Engine:
                 self.decoder.leave(torch.isin(self.decoder.branches.number_B, left))
             self.asked = {number: request for number, request in self.asked.items() if request not in gone}
         self.gone.clear()
-        if self.asked and not self.joins:
+        self.since += 1
+        few = 2 * len(self.waiting) < len(self.asked) and self.since < PATIENCE
+        if not self.waiting or (self.asked and (few or not self.joins)):
             return []
+        self.since = 0
         return [self.waiting.popleft() for _ in range(min(len(self.waiting), self.batch - len(self.asked)))]
 
     def _groups(self, taken: list[Request]) -> list[tuple[dict[str, list[Request]], bool]]:
