@@ -12,6 +12,7 @@ faults: what a killed worker, data task or driver, SIGTERM, a full disk ... cost
 soak [MINUTES]: a long distillation with a fault every two minutes, against one without.
 serve: answers/s of the endpoint with distill's student, beside transformers' generate one request at a time.
 load [MINUTES]: the endpoint with 32 clients, a replica killed every 30 s, and another student half way.
+scene: memory and rate of predict.py on a scene of 10,000 x 10,000 pixels.
 compare: the ratios of all that were measured beside those of README's Results; ends with 1 where one has fallen.
 """
 
@@ -23,8 +24,22 @@ from pathlib import Path
 from geodistill.cli import main
 from geodistill.config import Config
 
-NAMES = ("data", "step", "operators", "loss", "distill", "scaling", "consumers", "faults", "soak", "serve", "load", "compare")
-WITH_RAY = ("data", "scaling", "consumers", "faults", "soak", "serve", "load")
+NAMES = (
+    "data",
+    "step",
+    "operators",
+    "loss",
+    "distill",
+    "scaling",
+    "consumers",
+    "faults",
+    "soak",
+    "serve",
+    "load",
+    "scene",
+    "compare",
+)
+WITH_RAY = ("data", "scaling", "consumers", "faults", "soak", "serve", "load", "scene")
 
 
 def benchmark(config: Config, name: str, *words: str) -> None:

@@ -8,23 +8,51 @@ import asyncio
 import base64
 import statistics
 import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import aiohttp
 import torch
 from ray import serve
 
+from geodistill.benchmarks.distill import SMALL
 from geodistill.cluster import ENVIRONMENT, free_port
 from geodistill.config import Config
 from geodistill.data.record import ImageRecord
 from geodistill.data.shards import groups, load_manifest, read_group
 from geodistill.evaluate.tables import Table
+from geodistill.language import TASKS
+from geodistill.models import assemble
 from geodistill.models.reader import Reader
 from serving.app import Api, Settings, models_of
 from serving.model import Asked, Said
 
-ROUNDS, SECONDS, LIMIT = 3, 10.0, 64
-CASES = {"16 clients, different images": 16, "8 clients, one image": 8, "1 client": 1}
+ROUNDS, SECONDS, LIMIT = 3, 8.0, 64
 BASELINE, FRESH = "generate", "fresh"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Which model is asked by how many clients, about one image or different ones, about what, for how many tokens."""
+
+    name: str
+    model: str
+    clients: int
+    one_image: bool = False
+    tasks: tuple[str, ...] = TASKS
+    limit: int = LIMIT
+
+
+WORDS = ("captioning", "grounded_captioning")
+CASES = (
+    Case("student, 16 clients, different images", "student", 16),
+    Case("student, 8 clients, one image", "student", 8, one_image=True),
+    Case("student, 16 clients, different images, descriptions", "student", 16, tasks=WORDS),
+    Case("5 M, 16 clients, different images, 48 tokens", "larger", 16, limit=48),
+    Case("5 M, 8 clients, one image, 48 tokens", "larger", 8, one_image=True, limit=48),
+    Case("student, 1 client", "student", 1),
+)
 
 
 class OneAtATime:
@@ -66,17 +94,27 @@ def data_url(image: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(image).decode()
 
 
-def requests_of(records: list[ImageRecord], case: str) -> list[tuple[str, str]]:
-    """(image as a data URL, question) in the order of asking."""
-    chosen = [max(records, key=lambda r: len(r.conversations))] if "one image" in case else records
-    asked = [[conversation.turns[0][0] for conversation in record.conversations] for record in chosen]
+def requests_of(records: list[ImageRecord], one_image: bool = False, tasks: tuple[str, ...] = TASKS) -> list[tuple[str, str]]:
+    """(image as a data URL, question) in the order of asking: the first of every image, then the second ..."""
+    chosen = [max(records, key=lambda r: len(r.conversations))] if one_image else records
+    asked = [[c.turns[0][0] for c in record.conversations if c.task in tasks] for record in chosen]
     urls = [data_url(record.image) for record in chosen]
     most = max(map(len, asked))
-    return [(urls[i], asked[i][turn % len(asked[i])]) for turn in range(most) for i in range(len(chosen))]
+    return [(urls[i], asked[i][turn % len(asked[i])]) for turn in range(most) for i in range(len(chosen)) if asked[i]]
 
 
-async def clients(address: str, model: str, asked: list[tuple[str, str]], count: int, seconds: float) -> dict:
-    """Of `count` clients: {"rate": answers/s, "p50", "p99": seconds an answer, "answers": {place in asked: text}, "failed"}."""
+def larger_model(folder: Path, tokenizer: str) -> None:
+    """Write a LLaVA of random weights, of 5 million parameters and 64 image tokens, with the tokenizer of a model folder."""
+    torch.manual_seed(0)
+    sizes = SMALL.student
+    sizes = replace(sizes, vision=replace(sizes.vision, image_size=8 * sizes.vision.patch))
+    words = assemble.load_tokenizer(tokenizer)
+    model = assemble.new_model(sizes, words)
+    assemble.save(model, assemble.new_processor(words, sizes.vision.image_size, sizes.vision.patch), folder)
+
+
+async def clients(address: str, model: str, asked: list[tuple[str, str]], case: Case, seconds: float) -> dict:
+    """Of a case's clients: {"rate": answers/s, "p50", "p99": seconds an answer, "answers": {place in asked: text}, "failed"}."""
     answers: dict[int, str] = {}
     times: list[float] = []
     failed = at = 0
@@ -88,7 +126,7 @@ async def clients(address: str, model: str, asked: list[tuple[str, str]], count:
             place, at = at % len(asked), at + 1
             url, question = asked[place]
             content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
-            body = {"model": model, "max_tokens": LIMIT, "messages": [{"role": "user", "content": content}]}
+            body = {"model": model, "max_tokens": case.limit, "messages": [{"role": "user", "content": content}]}
             start = time.monotonic()
             async with session.post(f"{address}/v1/chat/completions", json=body) as reply:
                 said = await reply.json()
@@ -100,7 +138,7 @@ async def clients(address: str, model: str, asked: list[tuple[str, str]], count:
 
     start = time.monotonic()
     async with aiohttp.ClientSession() as session:
-        await asyncio.gather(*(client(session) for _ in range(count)))
+        await asyncio.gather(*(client(session) for _ in range(case.clients)))
     took = time.monotonic() - start
     ordered = sorted(times)
     p50, p99 = (ordered[int(share * (len(ordered) - 1))] for share in (0.5, 0.99))
@@ -109,41 +147,47 @@ async def clients(address: str, model: str, asked: list[tuple[str, str]], count:
 
 def measure_serve(config: Config) -> dict:
     """{"cases": {case: {"ours", "generate": {"rate", "p50", "p99", "failed"}, "ratio", "same": share of equal answers}}, "model"}
-    of the run's student, medians of ROUNDS rounds. Raises ValueError where the run has no student or no test split."""
-    folder, shards = f"{config.run}/distill/model", config.data.shards
+    of the run's student and of a larger model, medians of ROUNDS rounds. Raises ValueError where the run has no student or no
+    test split."""
+    shards, folder = config.data.shards, Path(config.run) / "benchmark/serve/larger"
+    folders = {"student": f"{config.run}/distill/model", "larger": str(folder)}
     records = [r for group in groups(load_manifest(shards, ["test"]), "test") for r in read_group(shards, group)][:256]
-    settings = Settings(student=folder, max_tokens=LIMIT)
-    actor = {"num_cpus": 1, "runtime_env": {"env_vars": ENVIRONMENT}}
-    plain = serve.deployment(OneAtATime, name=BASELINE, max_ongoing_requests=100, ray_actor_options=actor)
-    models = models_of(settings) | {BASELINE: plain.bind(folder, settings.threads)}  # type: ignore[attr-defined]
-    # the same student without memory of the images that it was asked about: every request is one on a new image
-    models |= models_of(settings.model_copy(update={"prefix_mb": 0}), FRESH)
+    larger_model(folder, folders["student"])
+    actor = {"num_cpus": 0.1, "runtime_env": {"env_vars": ENVIRONMENT}}
+    models: dict[str, Any] = {}
+    for name, path in folders.items():
+        settings = Settings(student=path, max_tokens=LIMIT, cpus=0.1)
+        plain: Any = serve.deployment(OneAtATime, name=f"{name}-{BASELINE}", max_ongoing_requests=100, ray_actor_options=actor)
+        models |= models_of(settings, name) | {f"{name}-{BASELINE}": plain.bind(path, settings.threads)}
+        # the same without memory of the images that it was asked about: every request is one on a new image
+        models |= models_of(settings.model_copy(update={"prefix_mb": 0}), f"{name}-{FRESH}")
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(Api.bind(settings, models), name="benchmark", route_prefix="/")  # type: ignore[attr-defined]
     cases: dict[str, dict] = {}
-    for case, count in CASES.items():
-        asked = requests_of(records, case)
-        ours = "student" if "one image" in case else FRESH
-        rounds: dict[str, list[dict]] = {ours: [], BASELINE: []}
+    for case in CASES:
+        asked = requests_of(records, case.one_image, case.tasks)
+        sides = {"ours": case.model if case.one_image else f"{case.model}-{FRESH}", BASELINE: f"{case.model}-{BASELINE}"}
+        rounds: dict[str, list[dict]] = {side: [] for side in sides}
         for number in range(ROUNDS):
-            for model, found in rounds.items():
-                found.append(asyncio.run(clients(f"http://127.0.0.1:{port}", model, asked, count, SECONDS)))
-                print(f"[benchmark] {case}, round {number + 1}, {model}: {found[-1]['rate']:.1f} answers/s", flush=True)
+            for side, model in sides.items():
+                found = asyncio.run(clients(f"http://127.0.0.1:{port}", model, asked, case, SECONDS))
+                rounds[side].append(found)
+                print(f"[benchmark] {case.name}, round {number + 1}, {side}: {found['rate']:.1f} answers/s", flush=True)
         figures = {
-            model: {key: statistics.median(one[key] for one in found) for key in ("rate", "p50", "p99")}
+            side: {key: statistics.median(one[key] for one in found) for key in ("rate", "p50", "p99")}
             | {"failed": sum(one["failed"] for one in found)}
-            for model, found in rounds.items()
+            for side, found in rounds.items()
         }
-        mine, theirs = (found[0]["answers"] for found in rounds.values())
+        mine, theirs = ({place: text for one in found for place, text in one["answers"].items()} for found in rounds.values())
         both = mine.keys() & theirs.keys()
-        cases[case] = {"ours": figures[ours], BASELINE: figures[BASELINE]} | {
-            "ratio": figures[ours]["rate"] / figures[BASELINE]["rate"],
+        cases[case.name] = figures | {
+            "ratio": figures["ours"]["rate"] / figures[BASELINE]["rate"],
             "same": sum(mine[place] == theirs[place] for place in both) / len(both),
             "compared": len(both),
         }
     serve.shutdown()
-    return {"cases": cases, "model": folder}
+    return {"cases": cases, "model": folders["student"]}
 
 
 def serve_table(found: dict) -> str:
