@@ -128,7 +128,9 @@ async def _refused(_: Request, refused: Refused) -> Response:
 
 @app.exception_handler(HTTPException)
 async def _http(_: Request, error: HTTPException) -> Response:
-    return refuse(Refused(error.status_code, str(error.detail)))
+    answer = refuse(Refused(error.status_code, str(error.detail)))
+    answer.headers.update(error.headers or {})
+    return answer
 
 
 @app.exception_handler(RequestValidationError)

@@ -2,6 +2,7 @@
 
 import base64
 import concurrent.futures
+import contextlib
 import io
 import json
 import os
@@ -13,12 +14,15 @@ import time
 from pathlib import Path
 
 import httpx
+import hypothesis
 import numpy as np
 import openai
 import pytest
 import ray
+import schemathesis
 from PIL import Image
 from ray import serve
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from geodistill.cluster import free_port
 from geodistill.data.record import open_image
@@ -226,6 +230,29 @@ def test_a_whole_scene(address, records):
     for content, params, status in ((b"x", asked, 400), (data, {**asked, "tile": 16, "overlap": 20}, 400),
                                     (data, {**asked, "model": "x"}, 404), (data, {**asked, "iou": 7}, 400)):  # fmt: skip
         assert httpx.post(f"{address}/v1/scenes", params=params, content=content, timeout=60).status_code == status
+
+
+def test_whatever_is_sent_is_answered_as_described(address):
+    """Requests made up from the OpenAPI document, fitting and unfitting ones."""
+    schema = schemathesis.openapi.from_url(f"{address}/openapi.json")
+    sent = {}
+    for operation in schema.get_all_operations():
+        one = operation.ok()
+        for mode in schemathesis.GenerationMode:
+
+            @hypothesis.given(case=one.as_strategy(generation_mode=mode))
+            @hypothesis.settings(
+                max_examples=25, deadline=None, database=None, derandomize=True, suppress_health_check=[*hypothesis.HealthCheck]
+            )
+            def ask(case):
+                # a request that fits the document may still hold no image
+                answer = case.call_and_validate(timeout=30, excluded_checks=[positive_data_acceptance])
+                key = case.operation.label, answer.status_code
+                sent[key] = sent.get(key, 0) + 1
+
+            with contextlib.suppress(hypothesis.errors.Unsatisfiable):  # nothing about /health can be wrong
+                ask()
+    assert sum(sent.values()) > 100 and ("POST /v1/chat/completions", 400) in sent and not any(code >= 500 for _, code in sent)
 
 
 def replicas(name: str) -> dict[str, int]:

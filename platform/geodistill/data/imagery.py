@@ -49,6 +49,8 @@ def displayable(data: bytes, record: str, bands: list[int], max_pixels: int = MA
     with the numbers `bands` (from 1; none: the first three, or the first) as PNG, each stretched on its own unless it has
     8 bits. Raises BadRecord.
     """
+    if not data:
+        raise BadRecord(record, "image", "is empty")
     try:
         with Image.open(io.BytesIO(data)) as image:
             _need_pixels(image.width, image.height, max_pixels, record)

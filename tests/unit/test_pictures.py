@@ -1,0 +1,67 @@
+"""Images that clients send: what is broken, hostile or too large is refused with a reason, and nothing else happens."""
+
+import io
+import random
+
+import numpy as np
+import pytest
+import rasterio
+from PIL import Image
+
+from serving.openai import Refused
+from serving.pictures import preview_of, sample_scenes, see
+
+
+def encoded(kind: str) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3)).astype(np.uint8)
+    if kind == "GTiff16":
+        with rasterio.MemoryFile() as memory:
+            with memory.open(driver="GTiff", width=60, height=40, count=3, dtype="uint16") as raster:
+                raster.write(pixels.transpose(2, 0, 1).astype("uint16") * 40)
+            return memory.read()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "GIF", "WEBP", "BMP", "GTiff16", "PPM", "ICO"])
+def test_broken_images(kind):
+    whole = encoded(kind)
+    pixels, width, height = see(whole, 32, 10**6)
+    assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8 and min(width, height) > 0
+    rng, refused = random.Random(0), 0
+    for i in range(80):
+        data = bytearray(whole)
+        if i % 2:
+            del data[rng.randrange(len(data)) :]
+        else:
+            for _ in range(rng.choice((1, 4, 30))):
+                data[rng.randrange(min(len(data), rng.choice((64, 10**6))))] = rng.randrange(256)
+        try:
+            pixels, *_ = see(bytes(data), 32, 10**6)
+            assert pixels.shape == (32, 32, 3)
+        except Refused as error:
+            assert error.status == 400 and error.message
+            refused += 1
+    assert refused > 10
+
+
+def test_images_that_would_fill_the_memory():
+    buffer = io.BytesIO()
+    Image.new("1", (9_000, 9_000)).save(buffer, "PNG")
+    assert len(buffer.getvalue()) < 100_000
+    with rasterio.MemoryFile() as memory:
+        with memory.open(driver="GTiff", width=20_000, height=20_000, count=5, dtype="uint16", sparse_ok=True):
+            pass
+        sparse = memory.read()
+    for data in (buffer.getvalue(), sparse):
+        for look in (lambda data: see(data, 32, 10**6), lambda data: preview_of(data, 10**6)):
+            with pytest.raises(Refused, match="over the limit"):
+                look(data)
+    with pytest.raises(Refused):
+        see(b"", 32, 10**6)
+
+
+def test_samples_are_pictures():
+    for scene, data in sample_scenes():
+        assert scene.name and see(data, 64, 10**6)[1:] == (64, 64)
