@@ -268,6 +268,21 @@ def replicas(name: str) -> dict[str, int]:
     return pids
 
 
+def test_more_than_can_wait_is_told_to_come_again(address, folder, records):
+    """Back-pressure: 429 with Retry-After at once, and an answer for those that were let in."""
+    serve.run(
+        build(Settings(student=str(folder), cpus=0.1, batch=1, queue=2, max_tokens=200)), name="small", route_prefix="/small"
+    )
+    record, question = records[0], records[0].conversations[0].turns[0][0]
+    body = {"model": "student", "messages": messages(record, question)}
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        found = list(pool.map(lambda _: httpx.post(f"{address}/small/v1/chat/completions", json=body, timeout=60), range(48)))
+    serve.delete("small")
+    codes = {answer.status_code for answer in found}
+    assert codes == {200, 429}
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in found if answer.status_code == 429)
+
+
 def test_a_lost_replica_costs_no_answer(client, records, alone):
     """A model's process is killed while clients wait for it: each gets its answer, once, and the right one."""
     asked = [(record, c.turns[0][0]) for record in records for c in record.conversations[:4]]

@@ -183,3 +183,16 @@ def test_changed_settings_are_checked_too():
 def test_settings_that_would_fail_later_are_refused_now(override, message):
     with pytest.raises(ConfigError, match=message):
         load(None, [override])
+
+
+def test_the_shipped_serve_config_fits_the_application():
+    import yaml
+    from ray.serve.schema import ServeDeploySchema
+
+    from serving.app import Settings
+
+    found = yaml.safe_load((Path(__file__).parents[2] / "serving/serve.yaml").read_text())
+    schema = ServeDeploySchema.model_validate(found)
+    (application,) = schema.applications
+    assert application.import_path == "serving.app:build" and Settings(**application.args).replicas == 1
+    assert schema.http_options.host == "127.0.0.1"

@@ -126,8 +126,9 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, bits: int = 0):
     """
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder} holds no model (config.json is missing); run the job that writes it, or correct the path")
+    given = {"quantization_config": _quantised(bits, dtype)} if bits else {}  # None would undo that of a quantised folder
     model, info = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, quantization_config=_quantised(bits, dtype)
+        folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **given
     )
     wrong = {k: sorted(v) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if (v := info.get(k))}
     if wrong:
@@ -166,10 +167,8 @@ def _image_processor(folder: str | Path):
     return processor
 
 
-def _quantised(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def _quantised(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
     """bitsandbytes' settings: LLM.int8 or NF4, for every linear layer but head, tower and projector."""
-    if not bits:
-        return None
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(f"a teacher in {bits} bits needs bitsandbytes: pip install 'geodistill[quantised]', or teacher_bits=0")
     # the library matches whole names from their start
