@@ -181,6 +181,7 @@ class Api:
         self.settings, self.models = settings, models
         Limit.most, Limit.most_of_scene = (int(limit * 2**20) for limit in (settings.max_body_mb, settings.max_scene_mb))
         self.sizes: dict[str, int] = {}
+        self.asks = asyncio.Lock()
         self.began = int(time.time())
 
     @app.get("/health", tags=["state"])
@@ -211,7 +212,7 @@ class Api:
         turns, url = openai.conversation(request)
         data = openai.data_url(url)
         image = await self._fetch(url) if data is None else data
-        size = await self._size(request.model)
+        size = self.sizes.get(request.model) or await self._size(request.model)
         if len(image) < SMALL:
             pixels, width, height = see(image, size, self.settings.max_pixels)
         else:
@@ -323,8 +324,12 @@ class Api:
         return Response(data, media_type="image/png", headers={"x-width": str(width), "x-height": str(height)})
 
     async def _size(self, name: str, again: bool = False) -> int:
-        if again or name not in self.sizes:
-            self.sizes[name] = (await self.models[name].about.remote())["size"]
+        async with self.asks:  # once, however many requests come first
+            if again or name not in self.sizes:
+                try:
+                    self.sizes[name] = (await self.models[name].about.remote())["size"]
+                except BackPressureError as error:
+                    raise Refused(429, BUSY, retry_after=1) from error
         return self.sizes[name]
 
     async def _ask(self, name: str, asked: Asked, waits: bool = False) -> Said:
