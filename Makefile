@@ -1,5 +1,6 @@
 # make demo          the whole way on generated scenes, 12 minutes on two cores
 # make demo-seeds    the same comparison over three seeds          make demo-teacher   make the shipped teacher again
+# make serve         the demo's student and teacher, with a page at http://127.0.0.1:8000
 # make earthgpt      EarthGPT's tower and its two stages           make towers         the same with CLIP's tower, compared
 # make test          the tests                                     make lint           ruff and mypy
 # make bench         losses and a step against TRL's and MiniLLM's, compared with the committed ratios
@@ -9,7 +10,7 @@ ARGS ?=
 export RAY_ADDRESS ?= local
 PY = .venv/bin/python
 
-.PHONY: demo demo-seeds demo-teacher earthgpt towers bench test test-all lint clean
+.PHONY: demo serve demo-seeds demo-teacher earthgpt towers bench test test-all lint clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed; try: make PYTHON=python3.11 $(MAKECMDGOALS)" if sys.version_info < (3, 11) else 0)'
@@ -19,6 +20,9 @@ PY = .venv/bin/python
 
 demo: .venv/installed
 	$(PY) jobs/pipeline.py --config configs/demo.yaml $(ARGS)
+
+serve: .venv/installed
+	.venv/bin/serve run serving.app:build student=runs/demo/distill/model teacher=runs/demo/teacher/model $(ARGS)
 
 demo-seeds: demo
 	$(PY) jobs/seeds.py --config configs/demo.yaml $(ARGS)
