@@ -9,6 +9,7 @@ replicas. Settings are the fields of `Settings`; a token that every request must
 import asyncio
 import hmac
 import logging
+import math
 import os
 import tempfile
 import time
@@ -23,6 +24,7 @@ from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
+from rasterio.errors import RasterioError
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -34,19 +36,23 @@ from geodistill.cluster import ENVIRONMENT
 from geodistill.data.imagery import DRIVERS
 from geodistill.data.record import BadRecord, check_text
 from geodistill.data.scenes import Found, Scene, Tile, found_in, merged, open_scene, tiles
-from geodistill.data.stream import square
 from geodistill.language import GROUNDING
 from serving import openai
 from serving.model import Asked, Model, Said, new_seed
 from serving.openai import ChatRequest, Refused
-from serving.pictures import preview_of, sample_scenes, see
+from serving.pictures import preview_of, sample_scenes, see, see_tile
 
 TOKEN = "GEODISTILL_API_TOKEN"
 BUSY = "too many requests wait for this model; try again in a second"
-SMALL = 50_000  # bytes of an image that is decoded faster than handed to another thread
 QUIET = {"enable_access_log": False}  # a line a request costs more than many an answer; Prometheus has the figures
 TRIES = 6  # replicas that a request is sent to before it is given up
-LOST = (RayActorError, DeploymentUnavailableError)
+
+
+class ReplicaLost(Exception):
+    """The model of a replica stopped."""
+
+
+LOST = (RayActorError, DeploymentUnavailableError, ReplicaLost)
 PAGE = Path(__file__).parent / "web"
 POLICY = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 logger = logging.getLogger("ray.serve")
@@ -70,6 +76,8 @@ class Settings(BaseModel):
     max_tokens: int = Field(256, ge=1, description="tokens of an answer at most")
     max_body_mb: float = Field(32, gt=0, description="size of a request [MiB]")
     max_scene_mb: float = Field(1024, gt=0, description="size of a whole scene [MiB]")
+    max_tiles: int = Field(50_000, ge=1, description="of a scene")
+    needs_token: bool = Field(False, description="set by itself where GEODISTILL_API_TOKEN is")
     max_pixels: int = Field(50_000_000, ge=1, description="of an image, before it is decoded")
     image_hosts: list[str] = Field(
         [], description="hosts (host or host:port) that image_url may name by http(s); none: data URLs alone"
@@ -84,6 +92,7 @@ class Limit:
 
     most = 2**25
     most_of_scene = 2**30
+    needs_token = False
 
     def __init__(self, app):
         self.app = app
@@ -91,7 +100,7 @@ class Limit:
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        most = self.most_of_scene if scope["path"] == "/v1/scenes" else self.most
+        most = self.most_of_scene if scope["path"].endswith("/v1/scenes") else self.most
         too_long = Refused(413, f"the body is longer than {most / 2**20:g} MiB")
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"0")
@@ -143,12 +152,16 @@ async def _invalid(_: Request, error: RequestValidationError) -> Response:
 async def authorised(request: Request) -> None:
     """Raise Refused where a token is asked for and the request does not bring it."""
     token = os.environ.get(TOKEN)
+    if Limit.needs_token and not token:
+        raise Refused(503, f"{TOKEN} was set where this was started, but not for Ray's processes: nobody is let in")
     given = request.headers.get("authorization", "")
     if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
         raise Refused(401, "this endpoint needs a token: send the header Authorization: Bearer TOKEN")
 
 
 def _checked(said: Said) -> Said:
+    if said.status == 503:
+        raise ReplicaLost(said.text)
     if said.status != 200:
         raise Refused(said.status, said.text, retry_after=1 if said.status == 429 else None)
     return said
@@ -179,6 +192,7 @@ class Api:
 
     def __init__(self, settings: Settings, models: dict[str, DeploymentHandle]):
         self.settings, self.models = settings, models
+        Limit.needs_token = settings.needs_token
         Limit.most, Limit.most_of_scene = (int(limit * 2**20) for limit in (settings.max_body_mb, settings.max_scene_mb))
         self.sizes: dict[str, int] = {}
         self.asks = asyncio.Lock()
@@ -194,9 +208,10 @@ class Api:
         """Every model answers."""
         for name in self.models:
             try:
-                await asyncio.wait_for(self._size(name, again=True), 5)
-            except Exception as error:
-                raise Refused(503, f"{name} does not answer yet", retry_after=2) from error
+                await self._size(name, again=True)
+            except Refused as refused:
+                if refused.status != 429:  # busy is ready
+                    raise
         return {"status": "ready", "models": [*self.models]}
 
     @app.get("/v1/models", tags=["openai"], dependencies=[Depends(authorised)], responses={401: ERRORS[401]})
@@ -213,11 +228,8 @@ class Api:
         data = openai.data_url(url)
         image = await self._fetch(url) if data is None else data
         size = self.sizes.get(request.model) or await self._size(request.model)
-        if len(image) < SMALL:
-            pixels, width, height = see(image, size, self.settings.max_pixels)
-        else:
-            arguments = image, size, self.settings.max_pixels
-            pixels, width, height = await asyncio.get_running_loop().run_in_executor(None, see, *arguments)
+        arguments = image, size, self.settings.max_pixels
+        pixels, width, height = await asyncio.get_running_loop().run_in_executor(None, see, *arguments)
         stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
         asked = Asked(
             turns, pixels, request.max_completion_tokens or request.max_tokens, request.temperature or 0.0,
@@ -258,7 +270,12 @@ class Api:
             try:
                 with open_scene(str(file), drivers=DRIVERS) as scene:
                     side = tile or size
-                    cut = tiles(scene.width, scene.height, side, side // 4 if overlap < 0 else overlap)
+                    step = side - (side // 4 if overlap < 0 else overlap)
+                    if step < 1:
+                        raise Refused(400, f"overlap={overlap} must be smaller than a tile ({side} pixels)", "overlap")
+                    if math.ceil(scene.width / step) * math.ceil(scene.height / step) > self.settings.max_tiles:
+                        raise Refused(400, f"the scene has more than {self.settings.max_tiles} tiles of {side} pixels", "tile")
+                    cut = tiles(scene.width, scene.height, side, side - step)
                     found = await self._look(model, scene, cut, question, size)
                     return JSONResponse(scene.geojson(merged(found, iou), geographic, model=model))
             except BadRecord as error:
@@ -266,7 +283,10 @@ class Api:
             except ValueError as error:
                 raise Refused(400, str(error)) from error
             except ExceptionGroup as errors:  # of a tile
-                raise errors.exceptions[0] from errors
+                first = errors.exceptions[0]
+                if isinstance(first, (RasterioError, OSError)):
+                    raise Refused(400, f"the scene cannot be read ({first})") from errors
+                raise first from errors
 
     async def _look(self, model: str, scene: Scene, cut: list[Tile], question: str, size: int) -> list[Found]:
         """What a model finds in the tiles `cut` of a scene; so many of them at a time as a replica answers together."""
@@ -285,11 +305,11 @@ class Api:
         async with asyncio.TaskGroup() as group:
             for tile in cut:
                 await places.acquire()
-                image = await loop.run_in_executor(None, scene.read, tile)
-                if image is None:
+                pixels = await loop.run_in_executor(None, see_tile, scene, tile, size)
+                if pixels is None:
                     places.release()
                 else:
-                    group.create_task(look(tile, square(image, size)))
+                    group.create_task(look(tile, pixels))
         return found
 
     def _need(self, model: str, text: str = "?") -> None:
@@ -327,9 +347,11 @@ class Api:
         async with self.asks:  # once, however many requests come first
             if again or name not in self.sizes:
                 try:
-                    self.sizes[name] = (await self.models[name].about.remote())["size"]
+                    self.sizes[name] = (await asyncio.wait_for(self.models[name].about.remote(), 10))["size"]
                 except BackPressureError as error:
                     raise Refused(429, BUSY, retry_after=1) from error
+                except (TimeoutError, *LOST) as error:
+                    raise Refused(503, f"{name} does not answer yet", retry_after=2) from error
         return self.sizes[name]
 
     async def _ask(self, name: str, asked: Asked, waits: bool = False) -> Said:
@@ -354,22 +376,28 @@ class Api:
     async def _grow(self, name: str, asked: Asked) -> AsyncIterator[Said]:
         """The answer as it grows. Where a replica is lost another one begins anew, which writes the same: nothing is said twice,
         and what a client has got already stands. Raises Refused, before the first words or after."""
-        shown = ""
+        shown, end = "", time.monotonic() + asked.seconds
         for attempt in range(TRIES):
             try:
-                pieces: Any = self.models[name].options(stream=True).stream.remote(asked)
-                async for said in pieces:
+                growing: Any = self.models[name].options(stream=True).stream.remote(asked)
+                pieces = aiter(growing)
+                while True:
+                    try:
+                        said = await asyncio.wait_for(anext(pieces), max(end - time.monotonic(), 0.01))
+                    except StopAsyncIteration:
+                        return
                     _checked(said)
                     if said.reason or len(said.text) > len(shown):
                         if not said.text.startswith(shown):
                             raise Refused(503, f"{name} lost a replica in the middle of an answer; ask again")
                         shown = said.text
                         yield said
-                return
             except LOST as error:
                 await self._again(name, attempt, error)
             except BackPressureError as error:
                 raise Refused(429, BUSY, retry_after=1) from error
+            except TimeoutError as error:
+                raise Refused(504, f"the answer took longer than {asked.seconds:g} s") from error
         raise Refused(503, f"{name} lost its replicas {TRIES} times while it answered", retry_after=5)
 
     async def _again(self, name: str, attempt: int, error: Exception) -> None:
@@ -401,7 +429,10 @@ class Api:
 
     async def _fetch(self, url: str) -> bytes:
         """An image from a host that is allowed; no redirection is followed. Raises Refused."""
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError as error:
+            raise Refused(400, f"image_url: {error}", "image_url") from error
         if parts.scheme not in ("http", "https") or parts.netloc not in self.settings.image_hosts:
             raise Refused(400, "image_url: give the image as a data URL; this host is not one of image_hosts", "image_url")
         most = int(self.settings.max_body_mb * 2**20)
@@ -458,4 +489,5 @@ def models_of(settings: Settings, student: str = "student") -> dict[str, serve.A
 
 def build(settings: Settings) -> serve.Application:
     """The application of `Settings`. Raises ValueError for a folder that holds no model."""
+    settings = settings.model_copy(update={"needs_token": settings.needs_token or bool(os.environ.get(TOKEN))})
     return Api.bind(settings, models_of(settings))  # type: ignore[attr-defined]

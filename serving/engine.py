@@ -82,6 +82,7 @@ class Engine:
         self.prefixes_hold = 0
         self.waiting: deque[Request] = deque()
         self.asked: dict[int, Request] = {}  # in the batch, by number
+        self.taken: list[Request] = []  # from those that wait, to join
         self.numbered = 0
         self.since = 0  # steps, since requests joined
         self.gone: set[Request] = set()  # whose clients have left
@@ -152,15 +153,15 @@ class Engine:
                             self.wakes.wait()
                         if self.closed:
                             return
-                        taken = self._take()
-                    for group in self._groups(taken):
+                        self.taken = self._take()
+                    for group in self._groups(self.taken):
                         self._join(*group)
                     if self.asked:
                         self._step()
         except BaseException as error:  # the replica is told, and made anew
             self.failed = error
             with self.wakes:
-                everyone = [*self.waiting, *self.asked.values()]
+                everyone = {*self.waiting, *self.taken, *self.asked.values()}
             self._tell([(request, error) for request in everyone])
             raise
 

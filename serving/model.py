@@ -109,12 +109,15 @@ class Model:
                     if stopped:
                         yield self._ended(Said(text, len(prompt), count, "stop"), start)
                         return
-                    whole = not text.endswith("\ufffd")  # else a character of several tokens is still being written
-                    if streams and whole and len(text) > shown:
+                    text = text[: len(text) - unfinished(text, asked.stop)]
+                    if streams and len(text) > shown:
                         shown = len(text)
                         yield Said(text, len(prompt), count)
         except Full:
             yield self._ended(Said("too many requests wait for this model; try again in a second", status=429), start)
+            return
+        except RuntimeError as error:  # of the model: the replica is lost
+            yield self._ended(Said(f"the model stopped ({error})", status=503), start)
             return
         except TooLate:
             yield self._ended(Said(f"the answer took longer than {asked.seconds:g} s", status=504), start)
@@ -141,6 +144,12 @@ class Model:
     def _gauge(self) -> None:
         self.waiting.set(len(self.engine.waiting))
         self.in_hand.set(len(self.engine.asked))
+
+
+def unfinished(text: str, stops: list[str]) -> int:
+    """How much of the end of a text may not be shown yet: the beginning of a stop, or of a character of several tokens."""
+    parts = [stop[:k] for stop in stops for k in range(1, len(stop))]
+    return max((len(part) for part in [*parts, "\ufffd"] if text.endswith(part)), default=0)
 
 
 def new_seed() -> int:

@@ -4,7 +4,6 @@ Beside the text of an answer there is a field `boxes`: the label, the corners in
 """
 
 import base64
-import binascii
 import json
 import time
 import uuid
@@ -14,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from geodistill.data.record import check_text
 from geodistill.language import box_corners, labelled_boxes
+
+MOST_TEXT = 200_000  # characters of a conversation
 
 
 class Refused(Exception):
@@ -100,6 +101,8 @@ def conversation(request: ChatRequest) -> tuple[list[tuple[str, str | None]], st
             turns[-1] = (turns[-1][0], texts)
     if not turns or turns[-1][1] is not None:
         raise Refused(400, "messages: the last message has to be a question of the user", "messages")
+    if sum(len(question) + len(answer or "") for question, answer in turns) > MOST_TEXT:
+        raise Refused(400, f"messages: more than {MOST_TEXT} characters are longer than any model here reads", "messages")
     if not url:
         raise Refused(400, "messages: there is no image; give one as an image_url part of the first message", "messages")
     return turns, url
@@ -134,7 +137,7 @@ def data_url(url: str) -> bytes | None:
         raise Refused(400, "image_url: a data URL has to look like data:image/png;base64,...", "image_url")
     try:
         return base64.b64decode(body, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error is one
         raise Refused(400, f"image_url: the data URL is no base64 ({error})", "image_url") from error
 
 

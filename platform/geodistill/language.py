@@ -40,7 +40,7 @@ _PLACE = re.compile(
     r"|(north|south|east|west)\w*|corners?|horizontal\w*|vertical\w*)\b",
     re.IGNORECASE,
 )
-_NUMBER = r"<\s*(-?\d+(?:\.\d+)?)\s*>"
+_NUMBER = r"<\s*(-?\d{1,15}(?:\.\d{1,15})?)\s*>"
 _BOX = re.compile(r"\{" + _NUMBER * 4 + r"(?:\|" + _NUMBER + r")?\}")
 _PHRASE = re.compile(r"<p>(.*?)</p>", re.DOTALL)
 

@@ -99,6 +99,18 @@ def scenes_of(path: str) -> list[str]:
     return [f"{path.rstrip('/')}/{name}" for name in found]
 
 
+def stems_of(path: str) -> dict[str, str]:
+    """Of each scene the name of its results, as it lies in the folder. Raises ValueError where two would have the same."""
+    found = scenes_of(path)
+    root = path.rstrip("/") + "/" if found != [path] else path.rpartition("/")[0] + "/"
+    stems = {scene: scene.removeprefix(root).rpartition(".")[0] for scene in found}
+    for scene, stem in stems.items():
+        other = next((one for one, name in stems.items() if name == stem and one != scene), "")
+        if other:
+            raise ValueError(f"{scene} and {other} differ in their suffix alone: the results would have one name; move one away")
+    return stems
+
+
 def _everything():
     from pyarrow.fs import FileSelector
 
@@ -111,15 +123,10 @@ def parts_of(config: Config, scene: str, side: int, digest: str) -> list[Part]:
     tile = options.tile or side
     with open_scene(scene, config.data.bands) as found:
         cut = tiles(found.width, found.height, tile, tile // 4 if options.overlap < 0 else options.overlap)
-        about = [
-            scene,
-            found.width,
-            found.height,
-            str(found.crs),
-            list(found.raster.transform),
-            found.raster.checksum(1, window=((0, 1), (0, found.width))),
-        ]
-    key = hashlib.sha256(json.dumps([digest, *about]).encode()).hexdigest()[:16]
+        about = [found.width, found.height, str(found.crs), list(found.raster.transform)]
+    folder, _, name = scene.rpartition("/")
+    info = open_folder(folder or ".").get_file_info(name)
+    key = hashlib.sha256(json.dumps([digest, scene, *about, info.size, info.mtime_ns]).encode()).hexdigest()[:16]
     return [Part(scene, f"{key}/{at:06d}.json", cut[at : at + PART]) for at in range(0, len(cut), PART)]
 
 
@@ -133,11 +140,13 @@ def predict(config: Config) -> dict:
         raise ValueError("predict.scenes is empty: name a scene or a folder of scenes")
     side = options.tile or Reader(options.model, image_size=config.image_size).size
     asked = [options.questions, options.tile, options.overlap, options.max_response, config.data.bands, config.image_size]
+    asked.append(config.evaluate.angle_counter_clockwise)
     digest = json.dumps([assemble.weights_digest(options.model), *asked])
     out, start = Path(options.out), time.time()
     names: dict[str, list[Part]] = {}
     aside: dict[str, str] = {}
-    for scene in scenes_of(options.scenes):
+    stems = stems_of(options.scenes)
+    for scene in stems:
         try:
             names[scene] = parts_of(config, scene, side, digest)
         except BadRecord as bad:
@@ -166,7 +175,7 @@ def predict(config: Config) -> dict:
         found = [Found(**{**one, "corners": tuple(map(tuple, one["corners"]))}) for one in rows]
         kept = merged(found, options.iou)
         with open_scene(scene, config.data.bands) as opened:
-            written = write_geojson(opened, kept, out)
+            written = write_geojson(opened, kept, out / stems[scene])
         tiles_of_scene = sum(len(part.tiles) for part in parts)
         counts[scene] = {"tiles": tiles_of_scene, "boxes": len(found), "objects": len(kept), "files": [str(f) for f in written]}
     result = {"scenes": counts, "set_aside": aside, "tiles": total, "seconds": time.time() - start}

@@ -114,6 +114,8 @@ def test_openais_client_works_unchanged(client, address, records, alone):
     assert short.choices[0].finish_reason == "length" and short.usage.completion_tokens == 2
     cut = client.chat.completions.create(model="student", messages=messages(record, question), stop=text[2:5])
     assert cut.choices[0].message.content == text[: text.index(text[2:5])] and cut.choices[0].finish_reason == "stop"
+    cut = client.chat.completions.create(model="student", messages=messages(record, question), stop=text[2:5], stream=True)
+    assert "".join(piece.choices[0].delta.content or "" for piece in cut if piece.choices) == text[: text.index(text[2:5])]
     drawn = [
         client.chat.completions.create(model="student", messages=messages(record, question), temperature=1.0, seed=s)
         for s in (1, 1, 2)
@@ -163,6 +165,8 @@ def test_requests_that_cannot_be_served_say_why(address, records):
         (image("http://127.0.0.1:1/a.png"), 400, "image_hosts"),
         (image("file:///etc/passwd"), 400, "image_hosts"),
         (image("http://metadata/"), 400, "image_hosts"),
+        (image("http://[abc"), 400, "image_url"),
+        ({**good, "stop": ["a"] * 9}, 400, "stop"),
     ]
     for body, status, says in cases:
         answer = httpx.post(url, json=body, timeout=30)

@@ -67,7 +67,7 @@ def test_options_that_cannot_be_served(options):
 def test_data_urls():
     assert data_url("data:image/png;base64," + base64.b64encode(b"abc").decode()) == b"abc"
     assert data_url("https://example.org/a.png") is None
-    for wrong in ("data:image/png,abc", "data:image/png;base64", "data:image/png;base64,a?b"):
+    for wrong in ("data:image/png,abc", "data:image/png;base64", "data:image/png;base64,a?b", "data:image/png;base64,aé"):
         with pytest.raises(Refused):
             data_url(wrong)
 
@@ -83,3 +83,4 @@ def test_boxes_have_labels_and_corners_in_pixels():
     (box,) = boxes_of("{<10><20><30><40>|<5>}", "[refer] where is <p> the red car </p>?", 100, 100, True)
     assert box["label"] == "the red car" and box["angle"] == 5
     assert boxes_of("no box", "where?", 100, 100, True) == []
+    assert boxes_of("{<" + "9" * 5000 + "><1><2><3>}", "where?", 100, 100, True) == []

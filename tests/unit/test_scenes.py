@@ -103,7 +103,7 @@ def test_gdal_reads_what_is_written(tmp_path, crs):
             out.transform = from_origin(9, 48, 1e-5, 1e-5)
     found = [thing("a ship", 10, 20, 50, 30), thing("a ship", 200, 150, 240, 190)]
     with open_scene(str(tmp_path / "harbour.tif")) as scene:
-        files = write_geojson(scene, found, tmp_path / "out", model="m")
+        files = write_geojson(scene, found, tmp_path / "out/harbour", model="m")
         transform = scene.raster.transform
     assert [f.name for f in files] == (["harbour.geojson"] if crs else []) + ["harbour.scene.geojson"]
     own = pyogrio.raw.read(files[-1])

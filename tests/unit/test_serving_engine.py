@@ -10,6 +10,7 @@ import torch
 from geodistill.data.stream import square
 from geodistill.models import assemble
 from serving.engine import Engine, Full, Request, TooLate, content_key, sample
+from serving.model import unfinished
 
 LIMIT = 12
 
@@ -179,3 +180,8 @@ def test_sampling_by_a_number():
     draws = np.bincount([sample(log_p, 2.0, 1.0, u) for u in np.linspace(0, 0.9999, 4000)], minlength=4) / 4000
     expected = torch.softmax(log_p / 2, 0).numpy()
     assert np.abs(draws - expected).max() < 2e-3
+
+
+def test_what_may_not_be_shown_yet():
+    assert [unfinished("foo ST", ["STOP"]), unfinished("foo S", ["STOP", "x"]), unfinished("foo", ["STOP"])] == [2, 1, 0]
+    assert unfinished("caf\ufffd", []) == 1

@@ -9,7 +9,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
-from geodistill.data.record import MAX_PIXELS, BadRecord
+from geodistill.data.record import FORMATS, MAX_PIXELS, BadRecord
 
 PERCENTILES = (2.0, 98.0)
 # of GDAL; not those that read other files than the one they are given, or from other hosts
@@ -52,7 +52,7 @@ def displayable(data: bytes, record: str, bands: list[int], max_pixels: int = MA
     if not data:
         raise BadRecord(record, "image", "is empty")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _need_pixels(image.width, image.height, max_pixels, record)
             if image.mode in _EIGHT_BIT and not bands and not _deep(image, data):
                 return data, image.width, image.height

@@ -13,6 +13,8 @@ from geodistill.language import BOS, EOS, IMAGE, PAD, TASKS, check_boxes
 SCHEMA_VERSION = 1
 SENSORS = ("optical", "sar", "infrared")
 MAX_PIXELS = 100_000_000
+# of Pillow; others of its formats run programs, or hide how large they are
+FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "JPEG2000", "PPM")
 # Colours of the images that CLIP's towers learned from; here, because a data process that imports the towers starts 5 s later
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -116,7 +118,7 @@ class ImageRecord:
 def open_image(data: bytes, record: str) -> Image.Image:
     """Encoded bytes -> a fully decoded RGB image. Raises BadRecord for a corrupt, truncated or oversized one."""
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise BadRecord(record, "image", f"{image.width}x{image.height} pixels is over the limit of {MAX_PIXELS}")
         image.load()

@@ -149,6 +149,12 @@ class Packer:
             found.append((ids[: at + 1], ids[at + 1 :]))
         return found
 
+    def ask(self, turns: list[tuple[str, str | None]]) -> list[int]:
+        """Token ids behind the image of a conversation whose last turn waits for its answer."""
+        text = self._prompt([(question, answer or "") for question, answer in turns[:-1]], turns[-1][0])
+        ((_, ids),) = self._split([text[text.index(self.image_token) :]])
+        return ids
+
     def questions(
         self,
         record: str,

@@ -5,8 +5,10 @@ Places are pixels of the scene (x to the right, y down) until they are written.
 
 import json
 import math
+import os
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from geodistill.data.imagery import PERCENTILES, stretch
 from geodistill.data.record import BadRecord
 from geodistill.language import box_corners, labelled_boxes
 
+os.environ.setdefault("GDAL_CACHEMAX", "128")  # MB of blocks that GDAL keeps; its own choice is a twentieth of the memory
 OVERVIEW = 1024  # pixels of a side of the reading that decides how deep images are shown
 CONTAINED = 0.7  # of the smaller of two boxes of one label in the other: they are one object, cut by the edge of a tile
 INSIDE = 1e9  # pixels to an edge that is none
@@ -83,6 +86,12 @@ class Scene:
         if max(self.bands) > raster.count:
             raise BadRecord(name, "bands", f"has {raster.count} bands, but data.bands asks for {max(self.bands)}")
         self._limits: list[tuple[float, float]] | None = None
+        self.lock = threading.Lock()  # GDAL's data sets are not to be read, or closed, by two threads at once
+
+    def close(self) -> None:
+        """Close the file, when it is not being read."""
+        with self.lock:
+            self.raster.close()
 
     @property
     def limits(self) -> list[tuple[float, float]] | None:
@@ -103,11 +112,12 @@ class Scene:
 
     def read(self, tile: Tile) -> Image.Image | None:
         """A tile as a model sees it, RGB; None where the scene has no data."""
-        read = self.raster.read(self.bands, window=Window(tile.x, tile.y, tile.width, tile.height), masked=True)
+        with self.lock:
+            limits: Sequence[tuple[float, float] | None] = self.limits or [None] * len(self.bands)
+            read = self.raster.read(self.bands, window=Window(tile.x, tile.y, tile.width, tile.height), masked=True)
         valid = ~np.ma.getmaskarray(read) & np.isfinite(read.data)
         if not valid.any():
             return None
-        limits: Sequence[tuple[float, float] | None] = self.limits or [None] * len(self.bands)
         shown = [
             np.where(mask, band, 0).astype(np.uint8) if limit is None else stretch(band, mask, limit)
             for band, mask, limit in zip(read.data, valid, limits, strict=True)
@@ -172,11 +182,11 @@ def open_scene(path: str, bands: Sequence[int] = (), drivers: Sequence[str] | No
     """A scene in a file, local or s3://; drivers: those of GDAL that may read it. Raises BadRecord where it cannot be read."""
     folder, _, name = path.rpartition("/")
     try:
-        with rasterio.Env(GDAL_CACHEMAX=128):
-            source: Any = open_folder(folder).open_input_file(name) if "://" in path else path
-            # rasterio.open takes one driver, what it opens several
-            with rasterio.DatasetReader(path, driver=[*drivers]) if drivers else rasterio.open(source) as raster:
-                yield Scene(raster, path, bands)
+        source: Any = open_folder(folder).open_input_file(name) if "://" in path else path
+        # rasterio.open takes one driver, what it opens several
+        raster = rasterio.DatasetReader(path, driver=[*drivers]) if drivers else rasterio.open(source)
+        with closing(Scene(raster, path, bands)) as scene:
+            yield scene
     except (RasterioError, OSError) as error:
         if isinstance(error, BadRecord):
             raise
@@ -204,15 +214,16 @@ def merged(found: Sequence[Found], iou: float) -> list[Found]:
     return [found[i] for i in sorted(kept)]
 
 
-def write_geojson(scene: Scene, found: Sequence[Found], folder: Path, **properties: Any) -> list[Path]:
-    """Write folder/NAME.geojson in geographic coordinates, and NAME.scene.geojson in the scene's own; return them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem, written = Path(scene.name).stem, []
-    for name, geographic in ((f"{stem}.geojson", True), (f"{stem}.scene.geojson", False)):
+def write_geojson(scene: Scene, found: Sequence[Found], stem: Path, **properties: Any) -> list[Path]:
+    """Write STEM.geojson in geographic coordinates, and STEM.scene.geojson in the scene's own; return them."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    written = []
+    for suffix, geographic in ((".geojson", True), (".scene.geojson", False)):
         if geographic and scene.crs is None:
             continue
-        part = folder / f"{name}.tmp"
+        file = stem.with_name(stem.name + suffix)
+        part = stem.with_name(stem.name + suffix + ".tmp")
         part.write_text(json.dumps(scene.geojson(found, geographic, **properties)))
-        part.rename(folder / name)
-        written.append(folder / name)
+        part.rename(file)
+        written.append(file)
     return written

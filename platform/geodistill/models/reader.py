@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 
-from geodistill.data.record import Conversation
 from geodistill.data.rows import Packer
 from geodistill.models import assemble
 from geodistill.models.row_model import row_model
@@ -43,10 +42,15 @@ class Reader:
             self.packer.questions_per_row, self.packer.share_rows = 1, False
         self.forbidden = assemble.forbidden_tokens(self.tokenizer, len(self.tokenizer)).to(self.device)
         self.end: int = self.tokenizer.eos_token_id
+        self.special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
 
     def prompt(self, turns: list[tuple[str, str | None]]) -> list[int]:
-        """Token ids behind the image of a conversation whose last answer is None."""
-        return self.packer.questions("request", [Conversation("conversation", turns)], with_answers=False)[-1].prompt
+        """Token ids behind the image of a conversation whose last turn waits for its answer. Raises ValueError where a text holds
+        one of the model's special tokens."""
+        for token in self.special:
+            if any(token in (text or "") for turn in turns for text in turn):
+                raise ValueError(f"the text holds the special token {token}")
+        return self.packer.ask(turns)
 
     def text(self, tokens: list[int]) -> str:
         """What an answer says."""
