@@ -22,6 +22,7 @@ def sweep_job(config: Config) -> None:
 
         from serving.app import Settings, build
 
+        serve.start(http_options={"host": "127.0.0.1", "port": config.sweep.port})
         serve.run(build(Settings(student=found["best"], teacher=config.distill.teacher)), blocking=True)
 
 

@@ -265,6 +265,7 @@ class SweepConfig:
     )
     mode: str = option("min", "min | max: is less or more of it better?")
     serve: bool = option(False, "serve the best student when the sweep has ended, beside the teacher, until it is stopped")
+    port: int = option(8000, "port of this machine that sweep.serve listens at")
     at_once: int = option(0, "trials beside each other; 0: as many as the cluster holds", "trials")
 
 

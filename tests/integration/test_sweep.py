@@ -1,5 +1,6 @@
 """Sweeps on a real local Ray: every trial a real Train run, stopped early, interrupted and resumed."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,11 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 from safetensors.torch import load_file
 from tiny import TINY, settings
 
-from geodistill.cluster import ENVIRONMENT
+from geodistill.cluster import ENVIRONMENT, free_port
 from geodistill.sweep import sweep, sweep_table
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
@@ -86,3 +88,22 @@ def test_a_killed_sweep_takes_the_decisions_of_an_unbroken_one(first, search):
         (row["name"], row["state"], row["validation_loss"]) for row in tables[1]
     ]
     assert any(row["state"] == "stopped early" for row in tables[0])
+
+
+@pytest.mark.long
+def test_one_command_goes_on_to_the_served_student(first):
+    run, port = Path(first.run).parent / "served", free_port()
+    given = options(first, run, "sweep.space={distill.loss.alpha: '0.2'}", "sweep.serve=true", f"sweep.port={port}")
+    with open(run.with_suffix(".log"), "w") as said:
+        process = job(run, given, stdout=said, stderr=subprocess.STDOUT)
+        end = time.time() + 400
+        while time.time() < end and process.poll() is None:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"http://127.0.0.1:{port}/ready", timeout=10).status_code == 200:
+                    break
+            time.sleep(1)
+        found = httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=10).json()
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+    assert [one["id"] for one in found["data"]] == ["student", "teacher"]
+    assert (run / "sweep/best/model/model.safetensors").is_file()

@@ -1,14 +1,17 @@
 """The parts of a sweep that decide, without Ray: the space, ASHA's memory, what a trial had reported, how many run at once."""
 
+import gc
 import json
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
-from geodistill.config import ConfigError, Domain, load, search_space
+from geodistill.config import ConfigError, Domain, ModelConfig, VisionConfig, load, search_space
 from geodistill.evaluate.plots import heat_map, parallel_coordinates
+from geodistill.models import assemble
 from geodistill.sweep import Remembered, at_once, name_of, reported, summary, sweep_figure, sweep_table
 
 STAGES = ("teacher.train", "student.train", "distill.warm_start", "distill.train")
@@ -164,3 +167,20 @@ def test_figures_draw_every_trial():
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["learning_rate", "preset", "validation_loss"]
     one = heat_map({ALPHA: (0, 1), HEAT: (1,)}, [({ALPHA: 1, HEAT: 1}, 0.5)], "reverse_kl")
     assert [text.get_text() for text in one.axes[0].texts] == ["0.5"]
+
+
+def test_trials_of_a_node_share_the_memory_of_the_teachers_weights(tokenizer, tmp_path):
+    """A model is mapped from its file, not copied: however many processes of a node load it, its weights are there once."""
+    sizes = ModelConfig(vision=VisionConfig(hidden=32, layers=2, heads=2, patch=8, image_size=32), hidden=512, layers=6, heads=8)
+    assemble.save(assemble.new_model(sizes, tokenizer), assemble.new_processor(tokenizer, 32, 8), tmp_path / "model")
+
+    def own() -> int:
+        return next(
+            int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in line
+        )
+
+    gc.collect()
+    before, size = own(), (tmp_path / "model/model.safetensors").stat().st_size
+    model, _ = assemble.load(tmp_path / "model")
+    assert sum(float(parameter.detach().sum()) for parameter in model.parameters()) != 0  # all of it is read
+    assert size > 40e6 and own() - before < size / 4
