@@ -7,8 +7,6 @@ replicas. Settings are the fields of `Settings`; a token that every request must
 """
 
 import asyncio
-import hmac
-import logging
 import math
 import os
 import tempfile
@@ -20,17 +18,11 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import numpy as np
-from fastapi import Depends, FastAPI, Query, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import Depends, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
 from rasterio.errors import RasterioError
 from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
-from starlette.exceptions import HTTPException
-from starlette.staticfiles import StaticFiles
 
 from geodistill.cluster import ENVIRONMENT
 from geodistill.data.imagery import DRIVERS
@@ -38,147 +30,15 @@ from geodistill.data.record import BadRecord, check_text
 from geodistill.data.scenes import Found, Scene, Tile, found_in, merged, open_scene, tiles
 from geodistill.language import GROUNDING
 from serving import openai
+from serving.client import Models
+from serving.gate import ERRORS, PAGE, TOKEN, Limit, app, authorised
 from serving.model import Asked, Model, Said, new_seed
 from serving.openai import ChatRequest, Refused
 from serving.pictures import preview_of, sample_scenes, see, see_tile
+from serving.settings import Settings
 
-TOKEN = "GEODISTILL_API_TOKEN"
-BUSY = "too many requests wait for this model; try again in a second"
 QUIET = {"enable_access_log": False}  # a line a request costs more than many an answer; Prometheus has the figures
-TRIES = 6  # replicas that a request is sent to before it is given up
-
-
-class ReplicaLost(Exception):
-    """The model of a replica stopped."""
-
-
-LOST = (RayActorError, DeploymentUnavailableError, ReplicaLost)
-PAGE = Path(__file__).parent / "web"
 POLICY = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
-logger = logging.getLogger("ray.serve")
-
-
-class Settings(BaseModel):
-    """What `serve run serving.app:build KEY=VALUE ...` and args: in a Serve config take."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    student: str = Field(description="folder of the student, as jobs/distill.py wrote it")
-    teacher: str = Field("", description="folder of a teacher to be served beside it, for comparison")
-    replicas: int = Field(1, ge=0, description="replicas of each model at least")
-    max_replicas: int = Field(0, ge=0, description="and at most, as the queue asks for; 0: as many as at least")
-    cpus: float = Field(0.5, gt=0, description="CPUs of a replica [Ray's accounting]")
-    gpus: float = Field(0, ge=0, description="GPUs of a replica; 0: it runs on the CPU")
-    threads: int = Field(1, ge=1, description="threads of a replica on the CPU")
-    batch: int = Field(32, ge=1, description="requests that a replica answers together")
-    queue: int = Field(64, ge=0, description="requests that may wait; more get 429 with Retry-After")
-    timeout: float = Field(60, gt=0, description="seconds that an answer may take, else 504")
-    max_tokens: int = Field(256, ge=1, description="tokens of an answer at most")
-    max_body_mb: float = Field(32, gt=0, description="size of a request [MiB]")
-    max_scene_mb: float = Field(1024, gt=0, description="size of a whole scene [MiB]")
-    max_tiles: int = Field(50_000, ge=1, description="of a scene")
-    needs_token: bool = Field(False, description="set by itself where GEODISTILL_API_TOKEN is")
-    max_pixels: int = Field(50_000_000, ge=1, description="of an image, before it is decoded")
-    image_hosts: list[str] = Field(
-        [], description="hosts (host or host:port) that image_url may name by http(s); none: data URLs alone"
-    )
-    prefix_mb: int = Field(1024, ge=0, description="memory of a replica for images that were asked about before [MiB]")
-    angle_counter_clockwise: bool = Field(True, description="sign of theta in the box text")
-
-
-class Limit:
-    """ASGI: answer 413 to a body that is longer than `most` bytes (of a scene `most_of_scene`), before it is read; 400 where it
-    does not say its length."""
-
-    most = 2**25
-    most_of_scene = 2**30
-    needs_token = False
-
-    def __init__(self, app):
-        self.app = app
-
-    async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        most = self.most_of_scene if scope["path"].endswith("/v1/scenes") else self.most
-        too_long = Refused(413, f"the body is longer than {most / 2**20:g} MiB")
-        headers = dict(scope["headers"])
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > most:
-            return await refuse(too_long)(scope, receive, send)
-        read = 0
-
-        async def counted() -> dict:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > most:
-                raise too_long
-            return message
-
-        await self.app(scope, counted, send)
-
-
-def refuse(refused: Refused) -> JSONResponse:
-    """The answer to a request that is refused."""
-    headers = {"Retry-After": str(refused.retry_after)} if refused.retry_after else None
-    return JSONResponse(openai.error(refused.message, refused.status, refused.field), refused.status, headers)
-
-
-app = FastAPI(title="GeoDistill", description="Questions on remote-sensing images", version="1", docs_url="/docs", redoc_url=None)
-app.add_middleware(Limit)
-app.mount("/web", StaticFiles(directory=PAGE), name="web")
-
-
-@app.exception_handler(Refused)
-async def _refused(_: Request, refused: Refused) -> Response:
-    return refuse(refused)
-
-
-@app.exception_handler(HTTPException)
-async def _http(_: Request, error: HTTPException) -> Response:
-    answer = refuse(Refused(error.status_code, str(error.detail)))
-    answer.headers.update(error.headers or {})
-    return answer
-
-
-@app.exception_handler(RequestValidationError)
-async def _invalid(_: Request, error: RequestValidationError) -> Response:
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"] if part != "body")
-    return refuse(Refused(400, f"{field or 'body'}: {first['msg']}", field or None))
-
-
-async def authorised(request: Request) -> None:
-    """Raise Refused where a token is asked for and the request does not bring it."""
-    token = os.environ.get(TOKEN)
-    if Limit.needs_token and not token:
-        raise Refused(503, f"{TOKEN} was set where this was started, but not for Ray's processes: nobody is let in")
-    given = request.headers.get("authorization", "")
-    if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-        raise Refused(401, "this endpoint needs a token: send the header Authorization: Bearer TOKEN")
-
-
-def _checked(said: Said) -> Said:
-    if said.status == 503:
-        raise ReplicaLost(said.text)
-    if said.status != 200:
-        raise Refused(said.status, said.text, retry_after=1 if said.status == 429 else None)
-    return said
-
-
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text}
-    for status, text in {
-        400: "the request says something that cannot be served; the message names the field",
-        401: "the token is missing or wrong",
-        404: "there is no such model",
-        413: "the body is too long",
-        429: "too many requests wait; Retry-After says when to come again",
-        503: "no replica answered",
-        504: "the answer took too long",
-    }.items()
-}
 
 
 @serve.deployment(
@@ -191,11 +51,9 @@ class Api:
     """What clients talk to. models: a handle of each model by its name."""
 
     def __init__(self, settings: Settings, models: dict[str, DeploymentHandle]):
-        self.settings, self.models = settings, models
+        self.settings, self.models = settings, Models(models)
         Limit.needs_token = settings.needs_token
         Limit.most, Limit.most_of_scene = (int(limit * 2**20) for limit in (settings.max_body_mb, settings.max_scene_mb))
-        self.sizes: dict[str, int] = {}
-        self.asks = asyncio.Lock()
         self.began = int(time.time())
 
     @app.get("/health", tags=["state"])
@@ -206,18 +64,18 @@ class Api:
     @app.get("/ready", tags=["state"], responses={503: ERRORS[503]})
     async def ready(self) -> dict:
         """Every model answers."""
-        for name in self.models:
+        for name in self.models.handles:
             try:
-                await self._size(name, again=True)
+                await self.models.size(name, again=True)
             except Refused as refused:
                 if refused.status != 429:  # busy is ready
                     raise
-        return {"status": "ready", "models": [*self.models]}
+        return {"status": "ready", "models": [*self.models.handles]}
 
     @app.get("/v1/models", tags=["openai"], dependencies=[Depends(authorised)], responses={401: ERRORS[401]})
     async def list_models(self) -> dict:
         """The models that are served."""
-        found = [{"id": name, "object": "model", "created": self.began, "owned_by": "geodistill"} for name in self.models]
+        found = [{"id": name, "object": "model", "created": self.began, "owned_by": "geodistill"} for name in self.models.handles]
         return {"object": "list", "data": found}
 
     @app.post("/v1/chat/completions", tags=["openai"], dependencies=[Depends(authorised)], responses=ERRORS)
@@ -227,7 +85,7 @@ class Api:
         turns, url = openai.conversation(request)
         data = openai.data_url(url)
         image = await self._fetch(url) if data is None else data
-        size = self.sizes.get(request.model) or await self._size(request.model)
+        size = await self.models.size(request.model)
         arguments = image, size, self.settings.max_pixels
         pixels, width, height = await asyncio.get_running_loop().run_in_executor(None, see, *arguments)
         stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
@@ -237,12 +95,12 @@ class Api:
         )  # fmt: skip
         question = turns[-1][0]
         if request.stream:
-            growing = self._grow(request.model, asked)
+            growing = self.models.grow(request.model, asked)
             first = await anext(growing)  # what is refused is refused with its status, before the answer begins
             return StreamingResponse(
                 self._events(request, first, growing, question, (width, height)), media_type="text/event-stream"
             )
-        said = await self._ask(request.model, asked)
+        said = await self.models.ask(request.model, asked)
         boxes = openai.boxes_of(said.text, question, width, height, self.settings.angle_counter_clockwise)
         tokens = openai.usage(said.prompt, said.tokens)
         return JSONResponse(openai.completion(openai.new_id(), request.model, said.text, boxes, said.reason or "stop", tokens))
@@ -261,7 +119,7 @@ class Api:
         """Look at a whole GeoTIFF, the body of the request, tile by tile: what was found, as GeoJSON in longitude and latitude
         (geographic=false: in the scene's own coordinates). tile, overlap: pixels; 0, -1: what the model sees, and a quarter."""
         self._need(model, question)
-        size = await self._size(model)
+        size = await self.models.size(model)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "scene"
             with file.open("wb") as out:
@@ -296,7 +154,7 @@ class Api:
         async def look(tile: Tile, pixels: np.ndarray) -> None:
             try:
                 asked = Asked([(question, None)], pixels, seconds=self.settings.timeout)
-                said = await self._ask(model, asked, waits=True)
+                said = await self.models.ask(model, asked, waits=True)
                 ccw = self.settings.angle_counter_clockwise
                 found.extend(found_in(tile, scene, question, said.text, said.score, ccw))
             finally:
@@ -313,8 +171,8 @@ class Api:
         return found
 
     def _need(self, model: str, text: str = "?") -> None:
-        if model not in self.models:
-            raise Refused(404, f"model: {model!r} is none of {', '.join(self.models)}", "model")
+        if model not in self.models.handles:
+            raise Refused(404, f"model: {model!r} is none of {', '.join(self.models.handles)}", "model")
         if reason := check_text(text):
             raise Refused(400, f"question: {reason}", "question")
 
@@ -342,67 +200,6 @@ class Api:
             None, preview_of, await request.body(), self.settings.max_pixels
         )
         return Response(data, media_type="image/png", headers={"x-width": str(width), "x-height": str(height)})
-
-    async def _size(self, name: str, again: bool = False) -> int:
-        async with self.asks:  # once, however many requests come first
-            if again or name not in self.sizes:
-                try:
-                    self.sizes[name] = (await asyncio.wait_for(self.models[name].about.remote(), 10))["size"]
-                except BackPressureError as error:
-                    raise Refused(429, BUSY, retry_after=1) from error
-                except (TimeoutError, *LOST) as error:
-                    raise Refused(503, f"{name} does not answer yet", retry_after=2) from error
-        return self.sizes[name]
-
-    async def _ask(self, name: str, asked: Asked, waits: bool = False) -> Said:
-        """The answer of a model, asked again where a replica is lost; waits: and where too many wait. Raises Refused."""
-        end = time.monotonic() + asked.seconds
-        attempt = 0
-        while attempt < TRIES:
-            try:
-                said = await asyncio.wait_for(self.models[name].answer.remote(asked), max(end - time.monotonic(), 0.01))
-                return _checked(said)
-            except LOST as error:
-                await self._again(name, attempt, error)
-                attempt += 1
-            except BackPressureError as error:
-                if not waits or time.monotonic() > end:
-                    raise Refused(429, BUSY, retry_after=1) from error
-                await asyncio.sleep(0.2)
-            except TimeoutError as error:
-                raise Refused(504, f"the answer took longer than {asked.seconds:g} s") from error
-        raise Refused(503, f"{name} lost its replicas {TRIES} times while it answered", retry_after=5)
-
-    async def _grow(self, name: str, asked: Asked) -> AsyncIterator[Said]:
-        """The answer as it grows. Where a replica is lost another one begins anew, which writes the same: nothing is said twice,
-        and what a client has got already stands. Raises Refused, before the first words or after."""
-        shown, end = "", time.monotonic() + asked.seconds
-        for attempt in range(TRIES):
-            try:
-                growing: Any = self.models[name].options(stream=True).stream.remote(asked)
-                pieces = aiter(growing)
-                while True:
-                    try:
-                        said = await asyncio.wait_for(anext(pieces), max(end - time.monotonic(), 0.01))
-                    except StopAsyncIteration:
-                        return
-                    _checked(said)
-                    if said.reason or len(said.text) > len(shown):
-                        if not said.text.startswith(shown):
-                            raise Refused(503, f"{name} lost a replica in the middle of an answer; ask again")
-                        shown = said.text
-                        yield said
-            except LOST as error:
-                await self._again(name, attempt, error)
-            except BackPressureError as error:
-                raise Refused(429, BUSY, retry_after=1) from error
-            except TimeoutError as error:
-                raise Refused(504, f"the answer took longer than {asked.seconds:g} s") from error
-        raise Refused(503, f"{name} lost its replicas {TRIES} times while it answered", retry_after=5)
-
-    async def _again(self, name: str, attempt: int, error: Exception) -> None:
-        logger.warning("%s: a replica was lost (%s); the request is sent to another one", name, type(error).__name__)
-        await asyncio.sleep(0.05 * 2**attempt)
 
     async def _events(
         self, request: ChatRequest, said: Said, growing: AsyncIterator[Said], question: str, sides: tuple[int, int]

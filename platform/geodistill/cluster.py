@@ -14,9 +14,6 @@ ENVIRONMENT = {
     # On a CPU the trainer shares its cores with data tasks; OpenMP threads that spin for a late one cost a fifth of the speed.
     "GOMP_SPINCOUNT": "2000",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    # Serve: fewer threads, buffered logs and gRPC between its processes, a tenth more answers a second
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",  # or it would need HAProxy
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
