@@ -2,6 +2,7 @@
 # make demo-seeds    the same comparison over three seeds          make demo-teacher   make the shipped teacher again
 # make serve         the demo's student and teacher, with a page at http://127.0.0.1:8000
 # make earthgpt      EarthGPT's tower and its two stages           make towers         the same with CLIP's tower, compared
+# make doctor        is this machine, or RAY_ADDRESS's cluster, fit for a run?
 # make test          the tests                                     make lint           ruff and mypy
 # make bench         losses and a step against TRL's and MiniLLM's, compared with the committed ratios
 # make test-all      and the long ones: 10,000 images, every ZeRO stage, every fault, killed sweeps, bf16, EarthGPT, stored features
@@ -10,7 +11,7 @@ ARGS ?=
 export RAY_ADDRESS ?= local
 PY = .venv/bin/python
 
-.PHONY: demo serve demo-seeds demo-teacher earthgpt towers bench test test-all lint clean
+.PHONY: demo serve doctor demo-seeds demo-teacher earthgpt towers bench test test-all lint clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed; try: make PYTHON=python3.11 $(MAKECMDGOALS)" if sys.version_info < (3, 11) else 0)'
@@ -43,6 +44,9 @@ earthgpt: .venv/installed
 
 towers: earthgpt
 	$(PY) jobs/towers.py --config configs/earthgpt.yaml $(ARGS)
+
+doctor: .venv/installed
+	$(PY) jobs/doctor.py --config $(or $(CONFIG),configs/demo.yaml) $(ARGS)
 
 bench: .venv/installed
 	$(PY) jobs/benchmark.py loss --config configs/demo.yaml $(ARGS)

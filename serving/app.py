@@ -25,6 +25,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from geodistill.cluster import ENVIRONMENT
+from geodistill.data.files import absolute_path, local
 from geodistill.data.imagery import DRIVERS
 from geodistill.data.record import BadRecord, check_text
 from geodistill.data.scenes import Found, Scene, Tile, found_in, merged, open_scene, tiles
@@ -255,7 +256,7 @@ def models_of(settings: Settings, student: str = "student") -> dict[str, serve.A
     folders = {student: settings.student} | ({"teacher": settings.teacher} if settings.teacher else {})
     models = {}
     for name, folder in folders.items():
-        if not (Path(folder) / "config.json").is_file():
+        if not (local(folder, weights=False) / "config.json").is_file():
             raise ValueError(
                 f"{name}={folder} holds no model (config.json is missing); run the job that writes it, or correct it"
             )
@@ -280,7 +281,7 @@ def models_of(settings: Settings, student: str = "student") -> dict[str, serve.A
             logging_config=QUIET,
         )
         sizes = settings.max_tokens, settings.batch, 2 * settings.batch, settings.prefix_mb
-        models[name] = deployment.bind(str(Path(folder).resolve()), name, *sizes, settings.threads, settings.gpus > 0)
+        models[name] = deployment.bind(absolute_path(folder), name, *sizes, settings.threads, settings.gpus > 0)
     return models
 
 

@@ -23,6 +23,7 @@ from geodistill.models import assemble
 from geodistill.models.reader import Reader
 
 QUESTIONS_PER_ROW = 8
+READ_TOKENS = 8192  # of new images that are read between two steps: those that are being answered wait for it
 PATIENCE = 4  # steps that a few requests wait for others to join with: reading two images costs little more than reading one
 
 
@@ -182,16 +183,35 @@ class Engine:
         if not self.waiting or (self.asked and (few or not self.joins)):
             return []
         self.since = 0
-        return [self.waiting.popleft() for _ in range(min(len(self.waiting), self.batch - len(self.asked)))]
+        taken: list[Request] = []
+        unread: set[str] = set()
+        while self.waiting and len(taken) + len(self.asked) < self.batch:
+            key = self.waiting[0].key
+            if key not in self.prefixes and key not in unread:
+                if unread and (len(unread) + 1) * len(self.packer.prefix) > READ_TOKENS:
+                    break
+                unread.add(key)
+            taken.append(self.waiting.popleft())
+        return taken
 
-    def _groups(self, taken: list[Request]) -> list[tuple[dict[str, list[Request]], bool]]:
-        """Requests by image: first those on images that were read before, which what is read now may push out."""
-        found: tuple[dict[str, list[Request]], dict[str, list[Request]]] = ({}, {})
+    def _groups(self, taken: list[Request]) -> list[tuple[dict[str, list[Request]], dict[str, int]]]:
+        """Requests by image, and the rows of those images that other requests are being answered on. First what such a row takes,
+        then what is on images that were read before, which what is read now may push out."""
+        asked: dict[str, list[Request]] = {}
         for request in taken:
-            found[request.key in self.prefixes].setdefault(request.key, []).append(request)
-        return [(found[known], known) for known in (True, False) if found[known]]
+            asked.setdefault(request.key, []).append(request)
+        rows = {
+            key: row
+            for key, requests in asked.items()
+            if self.model.takes_rows and len(requests) <= QUESTIONS_PER_ROW
+            if (row := self.decoder.row_for(number_of(key), len(requests))) is not None
+        }
+        parts: list[dict[str, list[Request]]] = [{}, {}, {}]
+        for key, requests in asked.items():
+            parts[0 if key in rows else 1 if key in self.prefixes else 2][key] = requests
+        return [(part, rows if part is parts[0] else {}) for part in parts if part]
 
-    def _join(self, images: dict[str, list[Request]], known: bool) -> None:
+    def _join(self, images: dict[str, list[Request]], into: dict[str, int]) -> None:
         rows = self.packer.pack([[Question(r.prompt, None, "") for r in asked] for asked in images.values()])
         flat = [request for asked in images.values() for request in asked]
         numbers, limits = torch.zeros_like(rows.question_Rn), torch.zeros_like(rows.question_Rn)
@@ -203,16 +223,22 @@ class Engine:
         keys = [*images]
         of_row = [keys[image] for image in rows.image_I.tolist()]
         rows, numbers, limits = rows.to(self.device), numbers.to(self.device), limits.to(self.device)
-        self.counts["images_known" if known else "images_read"] += len(keys)
-        if known:
-            for key in keys:
+        known = keys[0] in self.prefixes
+        self.counts["images_known" if into or known else "images_read"] += len(keys)
+        for key in keys:
+            if key in self.prefixes:
                 self.prefixes.move_to_end(key)
+        if into:
+            self.decoder.add(rows, torch.tensor([into[key] for key in of_row], device=self.device), numbers, limits)
+            return
+        shown = torch.tensor([number_of(key) for key in of_row], device=self.device)
+        if known:
             cache = begun(self.model.model, [self.prefixes[key] for key in of_row])
-            self.decoder.join(rows, [None], numbers, limits, {0: cache})
+            self.decoder.join(rows, [None], numbers, limits, {0: cache}, shown)
             return
         pixels = np.stack([asked[0].pixels for asked in images.values()])
         z = self.model.project(self.model.see(self.model.prepare(torch.from_numpy(pixels).to(self.device))))
-        caches = self.decoder.join(rows, [z], numbers, limits)
+        caches = self.decoder.join(rows, [z], numbers, limits, shown_R=shown)
         if self.joins:
             for row, key in enumerate(of_row):
                 if key not in self.prefixes:
@@ -282,3 +308,8 @@ def sample(log_p_V: Tensor, temperature: float, top_p: float, number: float) -> 
 def content_key(pixels: np.ndarray) -> str:
     """What stands for the content of an image."""
     return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
+
+
+def number_of(key: str) -> int:
+    """The number by which a decoder knows the image of a key."""
+    return int(key[:15], 16)

@@ -1,9 +1,11 @@
 """What every job shares: its command line, its Ray, and how it ends. The settings are checked before torch or ray is imported."""
 
 import sys
+import time
 from collections.abc import Callable
 
-from geodistill.config import Config, ConfigError, absolute, describe, load
+from geodistill.config import Config, ConfigError, absolute, load
+from geodistill.manual import describe, record
 
 
 class JobFailed(RuntimeError):
@@ -22,7 +24,7 @@ def settings(job: str, argv: list[str] | None = None) -> Config:
     arguments = list(sys.argv[1:] if argv is None else argv)
     usage = f"usage: python jobs/{job}.py --config FILE [key=value ...]"
     if "--help" in arguments or "-h" in arguments:
-        print(f"{usage}\n\nkeys, with type, default, meaning and [unit]:\n{describe()}")
+        print(f"{usage}\n\nkeys that this job reads, with type, default, meaning and [unit]:\n{describe(job)}")
         raise SystemExit(0)
     try:
         if any(argument.startswith("predictions=") for argument in arguments) and "--config" not in arguments:
@@ -48,7 +50,7 @@ def main(
     Exit codes: 0 done; 1 data or training failed, with the reason on stderr; 2 wrong settings, before Ray starts; 3 stopped by
     SIGTERM, with a checkpoint: the same command goes on.
     """
-    config = settings(job)
+    config, begun, code, said = settings(job), time.time(), 1, "it broke off"
     try:
         check(config)
         if needs_ray(config):
@@ -56,6 +58,13 @@ def main(
 
             connect()
         work(config)
+        code, said = 0, "done"
     except (ValueError, OSError, JobFailed) as error:
+        code, said = 3 if isinstance(error, JobStopped) else 1, str(error)
         print(f"{job}: {error}", file=sys.stderr)
-        raise SystemExit(3 if isinstance(error, JobStopped) else 1) from error
+        raise SystemExit(code) from error
+    except BaseException as error:
+        said = f"{type(error).__name__}: {error}".removesuffix(": ")
+        raise
+    finally:
+        record(config.run, job, sys.argv[1:], begun, code, said)

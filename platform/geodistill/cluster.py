@@ -2,8 +2,13 @@
 
 import os
 import socket
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 import ray
+from ray._private.state import state
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from geodistill.cli import JobFailed
 
@@ -68,3 +73,35 @@ def connect() -> None:
         # Ray ends a process that was idle for a second: each window of data would start, and import torch, in a new one.
         _system_config={"idle_worker_killing_time_threshold_ms": 600_000},
     )
+
+
+def on_node(node: str, work: Callable, *arguments: Any, gpus: int = 0) -> ray.ObjectRef:
+    """`work` as a task on a node, which takes none of its CPUs."""
+    strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+    options = {"num_cpus": 0, "num_gpus": gpus, "scheduling_strategy": strategy, "max_retries": 0}
+    return ray.remote(work).options(**options).remote(*arguments)
+
+
+def nothing() -> None:
+    """What a node does to show that it is there."""
+
+
+def answering(seconds: float = 20.0) -> dict[str, float]:
+    """Resources of the nodes that answer: Ray counts a lost one for half a minute more, and would wait for it without an end."""
+    asked = {on_node(node["NodeID"], nothing): node for node in ray.nodes() if node["Alive"]}
+    done, late = ray.wait([*asked], num_returns=len(asked), timeout=seconds)
+    for task in late:
+        ray.cancel(task, force=True)
+    found: dict[str, float] = {}
+    for task in done:
+        with suppress(ray.exceptions.RayError):
+            ray.get(task)
+            for name, amount in asked[task]["Resources"].items():
+                found[name] = found.get(name, 0.0) + amount
+    return found
+
+
+def can_have() -> dict[str, float]:
+    """Resources of the cluster, with those of the nodes that its autoscaler may start."""
+    now, most = ray.cluster_resources(), state.get_max_resources_from_cluster_config() or {}
+    return {name: max(now.get(name, 0.0), float(most.get(name, 0.0))) for name in now | most}

@@ -91,7 +91,9 @@ class VisionConfig:
 
 @dataclass
 class ModelConfig:
-    init: str = option("", "folder of a saved model to start from; empty: random weights of the sizes below", "path")
+    init: str = option(
+        "", "folder of a saved model to start from, local or s3://; empty: random weights of the sizes below", "path"
+    )
     tower: str = option("", "folder of a saved CLIP vision tower to start from (with an empty init)", "path")
     vision: VisionConfig = section(VisionConfig, "the CLIP tower, with empty init and tower")
     hidden: int = option(192, "width of the language model", "features")
@@ -420,16 +422,6 @@ def keys(kind: type = Config, prefix: str = "") -> list[tuple[str, str, Any, str
         kind_name = getattr(f.type, "__name__", str(f.type)) if "[" not in str(f.type) else str(f.type)
         found.append((name, kind_name, default, f.metadata["unit"], f.metadata["help"]))
     return found
-
-
-def describe() -> str:
-    """The text of `--help`: one line a key with its default, unit and meaning."""
-    lines = []
-    for name, kind, default, unit, meaning in keys():
-        shown = f"{default!r}" if not isinstance(default, str) or default else "(empty)"
-        shown = shown if len(shown) < 40 else shown[:37] + "..."
-        lines.append(f"  {name}: {kind} = {shown}\n      {meaning}{f' [{unit}]' if unit else ''}")
-    return "\n".join(lines)
 
 
 def load(file: str | None, overrides: list[str] | None = None) -> Config:

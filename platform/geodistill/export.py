@@ -13,6 +13,7 @@ import yaml
 from transformers import AutoModelForImageTextToText
 
 from geodistill.config import Config
+from geodistill.data.files import local
 from geodistill.data.shards import load_manifest
 from geodistill.evaluate.benchmarks import answer
 from geodistill.evaluate.metrics import score
@@ -28,14 +29,15 @@ FIGURES = ("scene_classification", "vqa", "grounding", "captioning", "mean")
 
 def merged(folder: str, dtype: torch.dtype = torch.float32):
     """(model, processor) of a folder; PEFT adapters are merged into the model that they were trained for. Raises ValueError."""
-    settings = Path(folder) / "adapter_config.json"
+    here = local(folder)
+    settings = here / "adapter_config.json"
     if not settings.is_file():
         return assemble.load(folder, dtype)
     from peft import PeftModel
 
     base = json.loads(settings.read_text())["base_model_name_or_path"]
     model, processor = assemble.load(base, dtype)
-    return PeftModel.from_pretrained(model, folder).merge_and_unload(), processor
+    return PeftModel.from_pretrained(model, here).merge_and_unload(), processor
 
 
 def size_of(folder: Path) -> float:

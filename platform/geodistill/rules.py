@@ -1,6 +1,9 @@
 """What settings must fulfil, each for itself and together."""
 
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from geodistill.config import Config, Domain
@@ -28,6 +31,13 @@ def validate(config: "Config", space: "dict[str, Domain]") -> None:
     def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
         need(value in allowed, f"{key}={value!r} is none of {', '.join(allowed)}")
 
+    for key, text in _texts(asdict(config)):
+        need(
+            not re.search(r"s3://\S*[?]|://[^/\s]*@", text),
+            f"{key} holds credentials or options of a store, which would be written to files and logs: put them into the "
+            "environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_REGION; "
+            "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD), or use the machine's role",
+        )
     need(
         bool(config.predictions) == bool(config.output),
         f"predictions={config.predictions} and output={config.output} go together: FILE.jsonl to score, FILE.json to write",
@@ -258,3 +268,12 @@ def validate(config: "Config", space: "dict[str, Domain]") -> None:
         config.distill.warm_start.method in ("sft", "kd"),
         "distill.warm_start.method must be kd or sft; the on-policy loop is distill.train",
     )
+
+
+def _texts(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(key, text) of every text in a tree of settings."""
+    if isinstance(tree, str):
+        yield key, tree
+    elif isinstance(tree, (dict, list)):
+        for name, part in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _texts(part, f"{key}.{name}" if key else str(name))

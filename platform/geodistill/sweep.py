@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
 from filelock import FileLock
 from matplotlib.figure import Figure
 from ray import tune
@@ -23,6 +22,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, Searcher
 
+from geodistill.cluster import can_have
 from geodistill.config import Config, ConfigError, changed, save, search_space
 from geodistill.evaluate.plots import heat_map, parallel_coordinates
 from geodistill.evaluate.tables import Table
@@ -159,7 +159,7 @@ def sweep(config: Config) -> dict:
     if config.resume and asked.read_text() != (folder / "asked.yaml").read_text():
         raise ValueError(f"{asked} and these settings differ; give the command of then, with resume=true")
     (folder / "asked.yaml").rename(asked)
-    parallel = at_once(config, ray.cluster_resources())
+    parallel = at_once(config, can_have())
     if parallel < 1:
         need = config.cluster.workers * config.cluster.cpus_per_worker + 0.5
         raise ValueError(
@@ -167,9 +167,15 @@ def sweep(config: Config) -> dict:
         )
     search, space, samples = searcher(config, parallel)
     loop = config.distill.train
-    asha = Remembered(
-        folder / "decisions.jsonl", max_t=loop.steps, grace_period=options.grace, reduction_factor=options.reduction
-    )
+    asha = None
+    if options.scheduler == "asha":
+        if options.grace > loop.steps:
+            raise ValueError(
+                f"sweep.grace={options.grace} is beyond distill.train.steps={loop.steps}: no trial could be stopped early; lower "
+                "sweep.grace, or set sweep.scheduler=none"
+            )
+        journal = folder / "decisions.jsonl"
+        asha = Remembered(journal, max_t=loop.steps, grace_period=options.grace, reduction_factor=options.reduction)
     shutil.rmtree(folder / "tune", ignore_errors=True)  # Ray's own record of a run that was interrupted; not read
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(trial, config=config), {"node:__internal_head__": 0.001}),
@@ -178,7 +184,7 @@ def sweep(config: Config) -> dict:
             metric=options.metric,
             mode=options.mode,
             search_alg=search,
-            scheduler=asha if options.scheduler == "asha" else None,
+            scheduler=asha,
             num_samples=samples,
             reuse_actors=False,
         ),

@@ -10,6 +10,7 @@ from tiny import history, same, settings
 
 from geodistill.benchmarks import faults
 from geodistill.cli import JobStopped
+from geodistill.train import trainer
 from geodistill.train.stage import Stage, stages
 from geodistill.train.trainer import fit
 
@@ -114,7 +115,6 @@ def test_a_lost_worker_is_made_up_for_by_fewer(first, loop):
     train = replace(loop.train, steps=3, images_per_step=16)
     stage = replace(loop, name="fewer", folder=f"{first.run}/fewer", train=train)
     need = ray.cluster_resources()["CPU"] / 2 - 0.25  # two fit
-    held = []
 
     def work(job: dict) -> dict:
         from geodistill.train import loop
@@ -123,12 +123,8 @@ def test_a_lost_worker_is_made_up_for_by_fewer(first, loop):
             raise RuntimeError("a node is lost")
         return loop.worker(job)
 
-    def taken(config, stage) -> dict[str, float]:
-        held.append(1)
-        return {"CPU": 2 * need + 0.5 if len(held) == 1 else need + 0.5}
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ray, "cluster_resources", lambda: taken(None, None))
+        patch.setattr(trainer, "answering", lambda: {"CPU": need + 0.5})
         fit(of(first, "cluster.workers=2", "cluster.min_workers=1", f"cluster.cpus_per_worker={need}"), stage, work)
     assert json.loads((Path(stage.folder) / "done.json").read_text())["settings"]
     assert [row["step"] for row in history(Path(stage.folder)) if "loss" in row] == [1, 2, 3]

@@ -1,6 +1,8 @@
 """S3, a real server on this machine, of which every fifth request fails: what is written is read again, whole."""
 
+import copy
 import random
+import time
 
 import pyarrow as pa
 import pytest
@@ -10,7 +12,9 @@ from torch import nn
 
 from geodistill.benchmarks import storage
 from geodistill.config import ClusterConfig, TrainConfig
-from geodistill.data.files import open_folder, read_json, retried, write_json
+from geodistill.data.files import open_folder, read_json, retried, upload, write_json
+from geodistill.models import assemble
+from geodistill.models.pair import vocabulary_of
 from geodistill.train import engine
 from geodistill.train.checkpoint import Checkpoints, Progress, newest_step
 
@@ -64,6 +68,43 @@ def test_checkpoints_on_s3(failing, alone):
     assert torch.equal(run.module.weight, again.module.weight)
     names = {info.base_name for info in open_folder("s3://bucket/checkpoints").get_file_info(fs.FileSelector(""))}
     assert names == {"step-000001", "step-000003", "step-000004"}  # the best and the last two
+
+
+def test_a_model_on_s3_is_copied_once_for_a_node(port, student, processor, tmp_path, monkeypatch):
+    """Of a pair that is only checked no weights are copied; a model that was written anew is copied anew."""
+    monkeypatch.setenv("GEODISTILL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fs, "copy_files", counted := Counted(fs.copy_files))
+    folder, student = tmp_path / "student", copy.deepcopy(student)
+    with storage.reached_at(port):
+        open_folder.__globals__["_remote"].cache_clear()
+        for value in (0.0, 1.0):
+            torch.nn.init.constant_(student.lm_head.weight, value)
+            assemble.save(student, processor, folder)
+            upload(folder, "s3://bucket/models", "student")
+            time.sleep(1.1)  # a store tells whole seconds
+            counted.files.clear()
+            assert vocabulary_of("s3://bucket/models/student") == vocabulary_of(folder)
+            assert counted.files and not any(name.endswith(".safetensors") for name in counted.files)
+            loaded, _ = assemble.load("s3://bucket/models/student")
+            assert torch.equal(loaded.lm_head.weight, student.lm_head.weight)
+            assert sum(name.endswith(".safetensors") for name in counted.files) == 1
+            counted.files.clear()
+            assert assemble.weights_digest("s3://bucket/models/student") == assemble.weights_digest(folder)
+            assert not counted.files
+        with pytest.raises(ValueError, match="s3://bucket/models/none holds no model"):
+            assemble.load("s3://bucket/models/none")
+    open_folder.__globals__["_remote"].cache_clear()
+
+
+class Counted:
+    """pyarrow's copy_files, and which files it copied."""
+
+    def __init__(self, real):
+        self.real, self.files = real, []
+
+    def __call__(self, source, *arguments, **options):
+        self.files.append(str(source))
+        return self.real(source, *arguments, **options)
 
 
 def test_what_cannot_be_mended_is_not_tried_again():

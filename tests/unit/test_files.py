@@ -4,6 +4,7 @@ import errno
 
 import pytest
 
+from geodistill.cluster import free_port
 from geodistill.data import files
 
 
@@ -14,6 +15,7 @@ def asked(monkeypatch):
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(files.fs, "S3FileSystem", lambda **options: found.update(options))
+    monkeypatch.setattr(files, "_reach", lambda endpoint: None)
     files._remote.cache_clear()
     yield found
     files._remote.cache_clear()
@@ -27,18 +29,21 @@ def test_endpoint_and_region_come_from_the_environment(asked, monkeypatch):
     assert asked == {"endpoint_override": "http://127.0.0.1:8333", "region": "eu-west-1"}
 
 
-def test_the_uri_comes_first(asked, monkeypatch):
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://other")
-    files._remote("s3://me:se%2Fcret@bucket/key?endpoint_override=127.0.0.1:9000&scheme=http&region=here")
-    asked.pop("retry_strategy")
-    wanted = {
-        "endpoint_override": "127.0.0.1:9000",
-        "scheme": "http",
-        "region": "here",
-        "access_key": "me",
-        "secret_key": "se/cret",
-    }
-    assert asked == wanted
+@pytest.mark.parametrize("address", ["s3://me:se%2Fcret@bucket/key", "s3://bucket/key?secret_key=se%2Fcret"])
+def test_no_credentials_in_an_address(address):
+    """Addresses are written to files and logs; an error does not repeat them."""
+    with pytest.raises(ValueError, match="come from the environment") as error:
+        files.open_folder(address)
+    assert "cret" not in str(error.value) and "s3://bucket/key" in str(error.value)
+
+
+def test_a_wrong_endpoint_is_told_soon(monkeypatch):
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match=r"s3://bucket/key cannot be opened \(nobody listens at AWS_ENDPOINT_URL=http://127"):
+        files.open_folder("s3://bucket/key")
 
 
 def test_without_an_endpoint_the_bucket_tells_its_region(asked, monkeypatch):

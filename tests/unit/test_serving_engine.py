@@ -9,7 +9,7 @@ import torch
 
 from geodistill.data.stream import square
 from geodistill.models import assemble
-from serving.engine import Engine, Full, Request, TooLate, content_key, sample
+from serving.engine import Engine, Full, Request, TooLate, content_key, number_of, sample
 from serving.model import unfinished
 
 LIMIT = 12
@@ -88,6 +88,48 @@ def test_requests_that_arrive_at_any_time_get_what_generate_writes(engine, asked
     assert engine.counts["images_read"] == len({content_key(image) for image, _ in asked})  # every image was read once
     assert engine.counts["steps"] < sum(len(answer) for answer in alone) / 2  # and they were written together
     assert not engine.asked and not engine.waiting
+
+
+def test_questions_on_one_image_share_a_row_while_it_is_written(folder, asked, alone, monkeypatch):
+    """However many ask one after another: what they do not see any more leaves the row."""
+    key = max({content_key(image) for image, _ in asked}, key=lambda k: sum(content_key(image) == k for image, _ in asked))
+    mine = [i for i, (image, _) in enumerate(asked) if content_key(image) == key]
+    engine = Engine(folder, batch=4, queue=100)
+    rows, columns, step = [], [], engine.decoder.step
+
+    def watched(*arguments):
+        rows.append(len(engine.decoder.branch_RK))
+        columns.append(engine.decoder.branch_RK.shape[1])
+        return step(*arguments)
+
+    monkeypatch.setattr(engine.decoder, "step", watched)
+    times = 6
+    found = together(*(ask(engine, *asked[i]) for _ in range(times) for i in mine))
+    assert found == [alone[i] for _ in range(times) for i in mine]
+    assert len(found) > 40 and set(rows) == {1} and engine.counts["images_read"] == 1
+    needed = len(engine.packer.prefix) + 4 * (max(len(prompt) for _, prompt in asked) + LIMIT)
+    assert max(columns) < 3 * needed
+    engine.close()
+
+
+@torch.inference_mode()
+def test_a_question_on_one_of_many_images_gets_a_row_of_its_own(folder, asked):
+    """In a row that another question has, all others would be fed a token more a step that is padding."""
+    engine = Engine(folder)
+    images = {content_key(image): (image, prompt) for image, prompt in asked}
+    for number, (image, prompt) in enumerate([*images.values()][:4]):
+        engine._join({content_key(image): [Request(prompt, content_key(image), image, LIMIT)]}, {})
+        assert len(engine.decoder.branch_RK) == number + 1
+    shown = [number_of(key) for key in images]
+    assert [engine.decoder.row_for(one, 1) for one in shown[:5]] == [None] * 5
+    assert (
+        engine.decoder.row_for(shown[2], 2) is None and engine.decoder.row_for(shown[2], 4) == 2
+    )  # 12 > 10 tokens a step; 20 = 20
+    alone = torch.ones(len(engine.decoder.branches), dtype=torch.bool)
+    alone[2] = False
+    engine.decoder.leave(alone)
+    engine.decoder._make_room({}, engine.decoder.branch_RK[:0])
+    assert engine.decoder.row_for(shown[2], 1) == 0 == engine.decoder.row_for(shown[2], 4)
 
 
 def test_what_is_kept_of_images_stays_in_its_bounds(folder, asked, alone):

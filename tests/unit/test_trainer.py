@@ -2,16 +2,19 @@
 
 import json
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
+import ray
 
+from geodistill import cluster
 from geodistill.config import ClusterConfig, TrainConfig, load
 from geodistill.data.prepare import prepare
 from geodistill.models import assemble
 from geodistill.train.checkpoint import CheckpointFailed
 from geodistill.train.loop import NotFinite, learning_rate
 from geodistill.train.stage import stages
-from geodistill.train.trainer import check_stage, is_finished, reason_of, retries, settings_of, workers_that_fit
+from geodistill.train.trainer import check_resources, check_stage, is_finished, reason_of, retries, settings_of, workers_that_fit
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +127,17 @@ def test_of_several_errors_the_one_that_explains_the_others():
 
     assert "shard 3" in str(reason_of(Failed()))
     assert "alone" in str(reason_of(RuntimeError("alone")))
+
+
+def test_nodes_that_an_autoscaler_may_start_count(monkeypatch):
+    """A cluster of a head without work, as infra/kuberay/cluster.yaml has it before a job comes."""
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1.0, "object_store_memory": 1.0})
+    monkeypatch.setattr(cluster.state, "get_max_resources_from_cluster_config", lambda: {"CPU": 48, "GPU": 6})
+    config = load(str(Path(__file__).parents[2] / "configs/geochat-13b-to-7b.yaml"))
+    assert check_resources(config, config.distill.train) == 6
+    monkeypatch.setattr(cluster.state, "get_max_resources_from_cluster_config", lambda: {"CPU": 48, "GPU": 4})
+    with pytest.raises(ValueError, match="can grow to, 48 CPUs and 4 GPUs"):
+        check_resources(config, config.distill.train)
+    monkeypatch.setattr(cluster.state, "get_max_resources_from_cluster_config", lambda: None)  # no autoscaler
+    with pytest.raises(ValueError, match="has, or can grow to, 0 CPUs"):
+        check_resources(config, config.distill.train)

@@ -25,7 +25,7 @@ from geodistill.evaluate.tables import Table
 from geodistill.language import TASKS
 from geodistill.models import assemble
 from geodistill.models.reader import Reader
-from serving.app import Api, Settings, models_of
+from serving.app import QUIET, Api, Settings, models_of
 from serving.model import Asked, Said
 
 ROUNDS, SECONDS, LIMIT = 3, 8.0, 64
@@ -45,13 +45,19 @@ class Case:
 
 
 WORDS = ("captioning", "grounded_captioning")
+SIDES = {"5M-64": 8, "5M-256": 16, "5M-1296": 36}  # patches of a side of what models of 5 million parameters see
+SMALL_IMAGE, MIDDLE, GEOCHAT = SIDES
 CASES = (
-    Case("student, 16 clients, different images", "student", 16),
-    Case("student, 8 clients, one image", "student", 8, one_image=True),
-    Case("student, 16 clients, different images, descriptions", "student", 16, tasks=WORDS),
-    Case("5 M, 16 clients, different images, 48 tokens", "larger", 16, limit=48),
-    Case("5 M, 8 clients, one image, 48 tokens", "larger", 8, one_image=True, limit=48),
-    Case("student, 1 client", "student", 1),
+    Case("different images", "student", 16),
+    Case("one image", "student", 8, one_image=True),
+    Case("different images, descriptions", "student", 16, tasks=WORDS),
+    Case("different images, 48 tokens", SMALL_IMAGE, 16, limit=48),
+    Case("one image, 48 tokens", SMALL_IMAGE, 8, one_image=True, limit=48),
+    Case("different images, 16 tokens", MIDDLE, 16, limit=16),
+    Case("one image, 16 tokens", MIDDLE, 8, one_image=True, limit=16),
+    Case("different images, 16 tokens", GEOCHAT, 16, limit=16),
+    Case("one image, 16 tokens", GEOCHAT, 8, one_image=True, limit=16),
+    Case("one client", "student", 1),
 )
 
 
@@ -103,11 +109,11 @@ def requests_of(records: list[ImageRecord], one_image: bool = False, tasks: tupl
     return [(urls[i], asked[i][turn % len(asked[i])]) for turn in range(most) for i in range(len(chosen)) if asked[i]]
 
 
-def larger_model(folder: Path, tokenizer: str) -> None:
-    """Write a LLaVA of random weights, of 5 million parameters and 64 image tokens, with the tokenizer of a model folder."""
+def larger_model(folder: Path, tokenizer: str, side: int) -> None:
+    """Write a LLaVA of random weights: 5 million parameters, `side`^2 image tokens, the tokenizer of a model folder."""
     torch.manual_seed(0)
     sizes = SMALL.student
-    sizes = replace(sizes, vision=replace(sizes.vision, image_size=8 * sizes.vision.patch))
+    sizes = replace(sizes, vision=replace(sizes.vision, image_size=side * sizes.vision.patch))
     words = assemble.load_tokenizer(tokenizer)
     model = assemble.new_model(sizes, words)
     assemble.save(model, assemble.new_processor(words, sizes.vision.image_size, sizes.vision.patch), folder)
@@ -146,25 +152,30 @@ async def clients(address: str, model: str, asked: list[tuple[str, str]], case: 
 
 
 def measure_serve(config: Config) -> dict:
-    """{"cases": {case: {"ours", "generate": {"rate", "p50", "p99", "failed"}, "ratio", "same": share of equal answers}}, "model"}
-    of the run's student and of a larger model, medians of ROUNDS rounds. Raises ValueError where the run has no student or no
-    test split."""
-    shards, folder = config.data.shards, Path(config.run) / "benchmark/serve/larger"
-    folders = {"student": f"{config.run}/distill/model", "larger": str(folder)}
+    """{"cases": [{"model", "name", "clients", "ours", "generate": {"rate", "p50", "p99", "failed"}, "ratio", "same": share of
+    equal answers, "compared"}], "model"} of the run's student and of larger models, medians of ROUNDS rounds. Raises ValueError
+    where the run has no student or no test split."""
+    shards = config.data.shards
+    folders = {"student": f"{config.run}/distill/model"}
     records = [r for group in groups(load_manifest(shards, ["test"]), "test") for r in read_group(shards, group)][:256]
-    larger_model(folder, folders["student"])
+    for name, patches in SIDES.items():
+        folder = Path(config.run) / f"benchmark/serve/{patches * patches}"
+        larger_model(folder, folders["student"], patches)
+        folders[name] = str(folder)
     actor = {"num_cpus": 0.1, "runtime_env": {"env_vars": ENVIRONMENT}}
     models: dict[str, Any] = {}
     for name, path in folders.items():
         settings = Settings(student=path, max_tokens=LIMIT, cpus=0.1)
-        plain: Any = serve.deployment(OneAtATime, name=f"{name}-{BASELINE}", max_ongoing_requests=100, ray_actor_options=actor)
+        plain: Any = serve.deployment(
+            OneAtATime, name=f"{name}-{BASELINE}", max_ongoing_requests=100, ray_actor_options=actor, logging_config=QUIET
+        )
         models |= models_of(settings, name) | {f"{name}-{BASELINE}": plain.bind(path, settings.threads)}
         # the same without memory of the images that it was asked about: every request is one on a new image
         models |= models_of(settings.model_copy(update={"prefix_mb": 0}), f"{name}-{FRESH}")
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(Api.bind(settings, models), name="benchmark", route_prefix="/")  # type: ignore[attr-defined]
-    cases: dict[str, dict] = {}
+    cases: list[dict] = []
     for case in CASES:
         asked = requests_of(records, case.one_image, case.tasks)
         sides = {"ours": case.model if case.one_image else f"{case.model}-{FRESH}", BASELINE: f"{case.model}-{BASELINE}"}
@@ -173,7 +184,10 @@ def measure_serve(config: Config) -> dict:
             for side, model in sides.items():
                 found = asyncio.run(clients(f"http://127.0.0.1:{port}", model, asked, case, SECONDS))
                 rounds[side].append(found)
-                print(f"[benchmark] {case.name}, round {number + 1}, {side}: {found['rate']:.1f} answers/s", flush=True)
+                print(
+                    f"[benchmark] {case.model}, {case.name}, round {number + 1}, {side}: {found['rate']:.1f} answers/s",
+                    flush=True,
+                )
         figures = {
             side: {key: statistics.median(one[key] for one in found) for key in ("rate", "p50", "p99")}
             | {"failed": sum(one["failed"] for one in found)}
@@ -181,11 +195,16 @@ def measure_serve(config: Config) -> dict:
         }
         mine, theirs = ({place: text for one in found for place, text in one["answers"].items()} for found in rounds.values())
         both = mine.keys() & theirs.keys()
-        cases[case.name] = figures | {
-            "ratio": figures["ours"]["rate"] / figures[BASELINE]["rate"],
-            "same": sum(mine[place] == theirs[place] for place in both) / len(both),
-            "compared": len(both),
-        }
+        about = {"model": case.model, "name": case.name, "clients": case.clients}
+        cases.append(
+            about
+            | figures
+            | {
+                "ratio": figures["ours"]["rate"] / figures[BASELINE]["rate"],
+                "same": sum(mine[place] == theirs[place] for place in both) / len(both),
+                "compared": len(both),
+            }
+        )
     serve.shutdown()
     return {"cases": cases, "model": folders["student"]}
 
@@ -193,12 +212,12 @@ def measure_serve(config: Config) -> dict:
 def serve_table(found: dict) -> str:
     """Requests/s and seconds of an answer, ours and one at a time."""
     rows = []
-    for case, one in found["cases"].items():
+    for one in found["cases"]:
         ours, theirs = one["ours"], one[BASELINE]
         times = [f"{1000 * side[key]:.0f}" for side in (ours, theirs) for key in ("p50", "p99")]
-        rows.append([case, f"{ours['rate']:.1f}", f"{theirs['rate']:.1f}", f"{one['ratio']:.2f}", *times,
-                     f"{100 * one['same']:.1f}% of {one['compared']}"])  # fmt: skip
-    columns = [("answers/s", "ours"), ("answers/s", BASELINE), ("answers/s", "ratio"), ("ours, ms", "p50"), ("ours, ms", "p99"),
-               (f"{BASELINE}, ms", "p50"), (f"{BASELINE}, ms", "p99"), ("", "equal answers")]  # fmt: skip
+        rows.append([f"{one['model']}: {one['name']}", str(one["clients"]), f"{ours['rate']:.1f}", f"{theirs['rate']:.1f}",
+                     f"{one['ratio']:.2f}", *times, f"{100 * one['same']:.1f}% of {one['compared']}"])  # fmt: skip
+    columns = [("", "clients"), ("answers/s", "ours"), ("answers/s", BASELINE), ("answers/s", "ratio"), ("ours, ms", "p50"),
+               ("ours, ms", "p99"), (f"{BASELINE}, ms", "p50"), (f"{BASELINE}, ms", "p99"), ("", "equal answers")]  # fmt: skip
     note = f"{found['model']}, {LIMIT} tokens at most, behind Ray Serve; a replica of one thread, clients on the same machine."
     return Table("The endpoint", columns, rows, note, "").text()

@@ -1,18 +1,22 @@
 """Folders, local or s3://, through pyarrow: every access to raw data and shards goes through here."""
 
 import errno
-import functools
 import hashlib
 import json
 import os
+import re
+import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import urlsplit
 
 import pyarrow as pa
+from filelock import FileLock
 from pyarrow import fs
 
 
@@ -33,29 +37,49 @@ def open_folder(folder: str | Path, create: bool = False) -> fs.FileSystem:
         try:
             found, path = _remote(str(folder))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} cannot be opened ({error}); give a local path or s3://bucket/key") from error
+            shown = re.sub(r"(?<=://)[^/]*@|\?.*", "", str(folder))  # without what may be secret
+            raise ValueError(f"{shown} cannot be opened ({error}); give a local path or s3://bucket/key") from error
     if create:
         found.create_dir(path, recursive=True)
     return fs.SubTreeFileSystem(path, found)
 
 
-@functools.lru_cache(maxsize=256)
+@lru_cache(maxsize=256)
 def _remote(uri: str) -> tuple[fs.FileSystem, str]:
     """(file system, path in it) of a URI. One of S3 tries each request up to ten times, and for longer than pyarrow's own."""
     parts = urlsplit(uri)
     if parts.scheme != "s3":
         return fs.FileSystem.from_uri(uri)
-    given = dict(parse_qsl(parts.query))
+    if parts.username or parts.query:
+        raise ValueError(
+            "endpoint, region and credentials come from the environment or the machine's role, never from an address"
+        )
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    options: dict[str, Any] = {"endpoint_override": endpoint, "region": region, **given}
-    if parts.username:
-        options |= {"access_key": unquote(parts.username), "secret_key": unquote(parts.password or "")}
+    options: dict[str, Any] = {"endpoint_override": endpoint, "region": region}
     if not options["endpoint_override"] and not options["region"]:
         options["region"] = fs.resolve_s3_region(parts.hostname or "")
+    if endpoint:
+        _reach(endpoint)
     retry = fs.AwsStandardS3RetryStrategy(max_attempts=10)
     options = {key: value for key, value in options.items() if value}
     return fs.S3FileSystem(retry_strategy=retry, **options), f"{parts.hostname}{parts.path}"
+
+
+def _reach(endpoint: str, attempts: int = 5) -> None:
+    """Raise OSError where nobody listens at an endpoint: of a wrong address S3's own retries would tell after minutes."""
+    if any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") for name in os.environ):
+        return
+    parts = urlsplit(endpoint if "//" in endpoint else f"//{endpoint}")
+    port = parts.port or (80 if parts.scheme == "http" else 443)
+    for attempt in range(attempts):
+        try:
+            socket.create_connection((parts.hostname or "", port), timeout=10).close()
+            return
+        except OSError as error:
+            if attempt == attempts - 1:
+                raise OSError(f"nobody listens at AWS_ENDPOINT_URL={endpoint}: {error}") from error
+            time.sleep(2.0**attempt)
 
 
 def retried(work: Callable[[], Any], attempts: int = 6) -> Any:
@@ -113,11 +137,26 @@ def upload(local: Path, folder: str, name: str) -> None:
     retried(lambda: fs.copy_files(str(local), name, source_filesystem=here, destination_filesystem=files))
 
 
-def download(folder: str, name: str, local: Path) -> Path:
-    """A local folder with the files of `folder`/`name`: that folder itself where it is local, a copy in `local` otherwise."""
+def local(folder: str | Path, weights: bool = True) -> Path:
+    """A local folder with the files that lie in `folder`: that folder itself where it is local; else a copy, made once for all
+    processes of a node (below ~/.cache/geodistill, or GEODISTILL_CACHE) and anew where files there have changed. weights=False:
+    without *.safetensors. Empty where there is nothing. Raises ValueError, OSError where the store cannot be read."""
     if "://" not in str(folder):
-        return Path(folder) / name
-    local.mkdir(parents=True, exist_ok=True)
-    there, here = open_folder(folder), fs.LocalFileSystem()
-    retried(lambda: fs.copy_files(name, str(local), source_filesystem=there, destination_filesystem=here))
-    return local
+        return Path(folder)
+    there = open_folder(folder)
+    listed = retried(lambda: there.get_file_info(fs.FileSelector("", allow_not_found=True)))
+    found = sorted((one.path, one.size, one.mtime_ns) for one in listed if one.is_file)
+    wanted = [one for one in found if weights or not one[0].endswith(".safetensors")]
+    digest = hashlib.sha256(json.dumps([str(folder), wanted]).encode()).hexdigest()[:24]
+    cache = Path(os.environ.get("GEODISTILL_CACHE", "~/.cache/geodistill")).expanduser()
+    copy, part = cache / digest, cache / f"{digest}.part"
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f"{digest}.lock"):
+        if not copy.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            for name, *_ in wanted:
+                destination, here = str(part / Path(name).name), fs.LocalFileSystem()
+                retried(partial(fs.copy_files, name, destination, source_filesystem=there, destination_filesystem=here))
+            part.rename(copy)
+    return copy

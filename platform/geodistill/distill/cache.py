@@ -57,16 +57,28 @@ class GrowingLayer(DynamicLayer):
         rows, heads, _, size = self.keys.shape
         self.buffer = self.keys.new_empty((2, rows, heads, 0, size))
 
-    def join(self, kept: Tensor, order: Tensor, other: "GrowingLayer") -> None:
+    def join(self, kept: Tensor, order: Tensor, other: "GrowingLayer | None") -> None:
         """Go on with the rows `kept` [r], of each its columns `order` [r, k], and behind them the rows of `other`."""
-        mine, (rows, heads, columns, size) = order.shape[1], other.keys.shape
-        room = max(mine, columns)
-        grown = self.buffer.new_zeros((2, len(kept) + rows, heads, room + min(room // 2, 256), size))
-        for part, old, new in zip(grown, (self.keys, self.values), (other.keys, other.values), strict=True):
+        mine = order.shape[1]
+        theirs = other.keys.shape[::2] if other else (0, 0)
+        room, (heads, size) = max(mine, theirs[1]), self.keys.shape[1::2]
+        grown = self.buffer.new_zeros((2, len(kept) + theirs[0], heads, room + min(room // 2, 256), size))
+        for part, old in zip(grown, (self.keys, self.values), strict=True):
             part[: len(kept), :, :mine] = old[kept[:, None], :, order].transpose(1, 2)
-            part[len(kept) :, :, :columns] = new
+        if other:
+            grown[:, len(kept) :, :, : theirs[1]] = torch.stack([other.keys, other.values])
         self.buffer = grown
         self.show(room)
+
+    def add(self, into: Tensor, other: "GrowingLayer", known: int) -> None:
+        """Put the columns of `other` behind its first `known` ones into the rows `into`, behind what is there."""
+        used = self.get_seq_length()
+        columns = self.reserve(other.get_seq_length() - known)
+        self.buffer[0, into, :, used:columns], self.buffer[1, into, :, used:columns] = (
+            other.keys[:, :, known:],
+            other.values[:, :, known:],
+        )
+        self.show(columns)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise NotImplementedError("branches of an image row are no beams")
@@ -150,3 +162,11 @@ def begun(model, rows: list[list[Tensor]]) -> DynamicCache:
     for layer, parts in zip(cache.layers, zip(*rows, strict=True), strict=True):
         layer.update(*torch.stack(parts, 1))
     return cache
+
+
+def shared(model, cache: DynamicCache, rows: Tensor, columns: int) -> DynamicCache:
+    """A cache whose rows begin with the first columns of the rows `rows` of another, all of GrowingLayers."""
+    found = new_cache(model)
+    for layer, other in zip(found.layers, cache.layers, strict=True):
+        layer.update(other.keys[rows, :, :columns], other.values[rows, :, :columns])  # type: ignore[index]
+    return found

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from geodistill.data.rows import PADDING, Rows, attends
-from geodistill.distill.cache import GrowingLayer, fixed_step, new_cache
+from geodistill.data.rows import PADDING, STRIDE, Rows, attends
+from geodistill.distill.cache import GrowingLayer, fixed_step, new_cache, shared
 
 NO_TOKEN = -1  # what is not a response token has no number
+NOTHING = -1  # what a row shows of which nobody said it
 FAR = 2**40  # a position behind all others
 
 
@@ -146,6 +147,7 @@ class Decoder:
         self.caches: dict[int, DynamicCache] = {}
         self.branches = Branches(*[torch.zeros(0, dtype=torch.long, device=forbidden.device)] * 6)
         self.follower: Follower | None = None
+        self.shown_R = torch.zeros(0, dtype=torch.long, device=forbidden.device)
         self.changed = False  # since where each branch is fed was chosen
 
     def join(
@@ -155,53 +157,104 @@ class Decoder:
         number_Rn: Tensor,
         limit_Rn: Tensor,
         begun: dict[int, DynamicCache] | None = None,
+        shown_R: Tensor | None = None,
     ) -> dict[int, DynamicCache]:
         """Read the prompts of `rows`; their branches are written from the next step on. Returns what each writer keeps of them.
 
         images: for each model the image embeddings [B, N, D] behind its projector. number: what to call each branch by; limit:
         tokens that it gets at most. begun: caches of the writers that have read the first columns of the rows, all image tokens
-        among them; they are extended in place.
+        among them; they are extended in place. shown: what each row of one piece shows, by a number of the caller's, for `add`.
         """
         caches = begun or {i: new_cache(self.models[i].model) for i in self.writers}
+        self._read(rows, images, caches)
+        if self.keep is not None and self.keep not in self.writers:
+            assert self.follower is None, "a model that follows cannot have rows join"
+            self.follower = Follower(self.models[self.keep], rows, images[self.keep][rows.image_I])  # type: ignore[index]
+        shown_R = torch.full_like(rows.ids_RP[:, 0], NOTHING) if shown_R is None else shown_R
+        if len(self.branches):
+            self._make_room(caches, rows.branch_RP)
+            self.shown_R = torch.cat([self.shown_R, shown_R])
+        else:
+            self.caches, self.branch_RK, self.shown_R = dict(caches), rows.branch_RP, shown_R
+            self.branches = self.branches[:0]
+        first = len(self.branch_RK) - len(rows.ids_RP)
+        self._begin(
+            rows, torch.arange(first, len(self.branch_RK), device=rows.ids_RP.device), rows.branch_Rn, number_Rn, limit_Rn
+        )
+        self.fixed_steps = {i: fixed_step(self.models[i], self.caches[i]) if self.fixed else None for i in self.writers}
+        return caches
+
+    def _read(self, rows: Rows, images: Sequence[Tensor | None], caches: dict[int, DynamicCache]) -> None:
+        """Read what `caches` have not read yet of the prompts."""
         known = caches[self.writers[0]].get_seq_length()
         fed = slice(known, None)
         mask = attends(rows.branch_RP[:, fed], rows.position_RP[:, fed], rows.branch_RP, rows.position_RP)
         for i in self.writers:
             z = None if known else images[i][rows.image_I]  # type: ignore[index]
             self.models[i].hidden(rows.ids_RP[:, fed], rows.position_RP[:, fed], mask, z, caches[i])
-        if self.keep is not None and self.keep not in self.writers:
-            assert self.follower is None, "a model that follows cannot have rows join"
-            self.follower = Follower(self.models[self.keep], rows, images[self.keep][rows.image_I])  # type: ignore[index]
-        if len(self.branches):
-            self._make_room(caches, rows.branch_RP)
-        else:
-            self.caches, self.branch_RK = dict(caches), rows.branch_RP
-            self.branches = self.branches[:0]
-        first, alive = len(self.branch_RK) - len(rows.ids_RP), rows.alive_Rn
-        row = alive.nonzero()[:, 0] + first
-        self.branches += Branches(
-            number_Rn[alive], row, rows.branch_Rn[alive], rows.start_Rn[alive], rows.last_Rn[alive], limit_Rn[alive]
-        )
-        self.fixed_steps = {i: fixed_step(self.models[i], self.caches[i]) if self.fixed else None for i in self.writers}
-        self.changed = True
-        return caches
 
-    def _make_room(self, caches: dict[int, DynamicCache], branch_RP: Tensor) -> None:
-        """Put the rows of `caches` behind those in hand, of which only what a branch in hand may still see is kept."""
+    def _begin(self, rows: Rows, row_R: Tensor, code_Rn: Tensor, number_Rn: Tensor, limit_Rn: Tensor) -> None:
+        """Take the branches of `rows` in hand, which lie in the rows `row` here."""
+        alive = rows.alive_Rn
+        row = row_R[:, None].expand_as(alive)[alive]
+        self.branches += Branches(
+            number_Rn[alive], row, code_Rn[alive], rows.start_Rn[alive], rows.last_Rn[alive], limit_Rn[alive]
+        )
+        self.changed = True
+
+    def row_for(self, shown: int, questions: int) -> int | None:
+        """The row in hand that shows `shown`, where so many more questions in it cost less than in a row of their own."""
+        rows = (self.shown_R == shown).nonzero()[:, 0].tolist() if len(self.branches) else []
+        count_R = torch.bincount(self.branches.row_B, minlength=len(self.branch_RK)) if rows else None
+        for row in rows[::-1]:
+            assert count_R is not None
+            width, own = int(count_R.max()), int(count_R[row])
+            if own and len(count_R) * max(width, own + questions) <= (len(count_R) + 1) * max(width, questions):
+                return row if int(self.branch_RK[row].max()) + questions < STRIDE else None
+        return None
+
+    def add(self, rows: Rows, into_R: Tensor, number_Rn: Tensor, limit_Rn: Tensor) -> None:
+        """Read further questions on what rows in hand show: `rows`, of one piece each, go behind the rows `into`."""
+        known = int((rows.branch_RP[0] == 0).sum())
+        caches = {i: shared(self.models[i].model, self.caches[i], into_R, known) for i in self.writers}
+        self._read(rows, [], caches)
+        last_R = self.branch_RK[into_R].amax(1, keepdim=True)
+        fed_RQ = rows.branch_RP[:, known:]
+        self.branch_RK = pad(self.branch_RK, (0, fed_RQ.shape[1]), value=PADDING)
+        self.branch_RK[into_R, -fed_RQ.shape[1] :] = torch.where(fed_RQ == PADDING, PADDING, fed_RQ + last_R)
+        for i in self.writers:
+            for layer, other in zip(self.caches[i].layers, caches[i].layers, strict=True):
+                assert isinstance(layer, GrowingLayer) and isinstance(other, GrowingLayer), "rows join where `can_join` says so"
+                layer.add(into_R, other, known)
+        self._begin(rows, into_R, rows.branch_Rn + last_R, number_Rn, limit_Rn)
+        self.branches = self.branches[torch.argsort(self.branches.row_B, stable=True)]
+        if 2 * int(self._used()[1].sum(1).max()) < self.branch_RK.shape[1]:
+            self._make_room({}, self.branch_RK[:0])
+
+    def _used(self) -> tuple[Tensor, Tensor]:
+        """The rows with branches in hand; which of their columns these may still see, bool [r, K]."""
         mine = self.branches
         seen_BK = attends(mine.code_B[:, None], torch.full_like(mine.code_B[:, None], FAR), *self._columns(mine.row_B))[:, 0, 0]
         used_RK = torch.zeros_like(self.branch_RK).index_add_(0, mine.row_B, seen_BK.long()) > 0
         kept = used_RK.any(1).nonzero()[:, 0]
-        mine.row_B = torch.searchsorted(kept, mine.row_B)
-        used = used_RK[kept]
+        return kept, used_RK[kept]
+
+    def _make_room(self, caches: dict[int, DynamicCache], branch_RP: Tensor) -> None:
+        """Put the rows of `caches` behind those in hand, of which only what a branch in hand may still see is kept."""
+        kept, used = self._used()
+        self.branches.row_B = torch.searchsorted(kept, self.branches.row_B)
+        self.shown_R = self.shown_R[kept]
         order = torch.argsort((~used).to(torch.uint8), dim=1, stable=True)[:, : int(used.sum(1).max())]
         branch = torch.where(used, self.branch_RK[kept], PADDING).gather(1, order)
-        columns = max(branch.shape[1], branch_RP.shape[1])
-        self.branch_RK = torch.cat([pad(part, (0, columns - part.shape[1]), value=PADDING) for part in (branch, branch_RP)])
+        columns = max(branch.shape[1], branch_RP.shape[1]) if caches else branch.shape[1]
+        parts = (branch, branch_RP) if caches else (branch,)
+        self.branch_RK = torch.cat([pad(part, (0, columns - part.shape[1]), value=PADDING) for part in parts])
         for i in self.writers:
-            for layer, other in zip(self.caches[i].layers, caches[i].layers, strict=True):
-                assert isinstance(layer, GrowingLayer) and isinstance(other, GrowingLayer), "rows join where `can_join` says so"
+            others = caches[i].layers if caches else [None] * len(self.caches[i].layers)
+            for layer, other in zip(self.caches[i].layers, others, strict=True):
+                assert isinstance(layer, GrowingLayer), "rows join where `can_join` says so"
                 layer.join(kept, order, other)
+        self.changed = True
 
     @property
     def can_join(self) -> bool:
@@ -226,7 +279,7 @@ class Decoder:
         writing = count_R > 0
         if 2 * int(writing.sum()) <= len(writing):
             left = writing.nonzero()[:, 0]
-            self.branch_RK, count_R = self.branch_RK[left], count_R[left]
+            self.branch_RK, self.shown_R, count_R = self.branch_RK[left], self.shown_R[left], count_R[left]
             for i in self.writers:
                 self.caches[i].batch_select_indices(left)
             if self.follower:

@@ -10,6 +10,7 @@ import ray.data
 import torch
 
 from geodistill.config import Config, save
+from geodistill.data.files import local
 from geodistill.data.shards import Group, groups, load_manifest, read_group
 from geodistill.data.stream import MicroBatch, to_micro_batch
 from geodistill.distill.decode import decode
@@ -124,7 +125,7 @@ def evaluate(config: Config) -> dict[str, dict]:
     scores: dict[str, dict] = {}
     apart: dict[str, dict] = {}
     for name, model in config.evaluate.models.items():
-        if not (Path(model) / "config.json").is_file():
+        if not (local(model, weights=False) / "config.json").is_file():
             raise ValueError(f"evaluate.models.{name}={model} holds no model; run the job that makes it, or take it off the list")
         file, asked = folder / f"{name}.jsonl", folder / f"{name}.json"
         digest = {**fingerprint(config, model), "blind": name in config.evaluate.blind, "name": config.data.name}

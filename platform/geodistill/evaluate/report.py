@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib import rc_context
 
 from geodistill.config import Config
+from geodistill.data.files import local
 from geodistill.data.shards import groups, load_manifest, read_group
 from geodistill.evaluate.captions import rouge
 from geodistill.evaluate.compare import intervals_table, measure, paired_table
@@ -236,7 +237,7 @@ def comparisons(config: Config, answers: dict[str, list[dict]]) -> dict[str, lis
         name: {benchmark: score(found, counter_clockwise) for benchmark, found in by_benchmark(answers.get(name, [])).items()}
         for name in models
     }
-    sizes = {name: size_of(folder) for name, folder in models.items() if (Path(folder) / "config.json").is_file()}
+    sizes = {name: size_of(folder) for name, folder in models.items() if (local(folder, False) / "config.json").is_file()}
     measured = {name: measure(found, counter_clockwise) for name, found in answers.items()}
     pairs = [("distilled", other) for other in ("baseline", "teacher") if {"distilled", other} <= measured.keys()]
     tests = [paired_table(pair, measured[pair[0]], measured[pair[1]]) for pair in pairs]

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from geodistill.config import ModelConfig
+from geodistill.data.files import local
 from geodistill.language import BOS, EOS, IMAGE, PAD, chat_template
 from geodistill.models.row_model import is_llava
 from geodistill.models.vision import load_tower, new_tower
@@ -69,9 +70,10 @@ def new_tokenizer(texts: Iterable[str], vocabulary: int, system: str) -> PreTrai
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a model folder, or of the shards. Raises ValueError where there is none."""
-    if not (Path(folder) / "tokenizer.json").is_file():
+    here = local(folder, weights=False)
+    if not (here / "tokenizer.json").is_file():
         raise ValueError(f"{folder} holds no tokenizer.json; run jobs/prepare.py first, or correct the path")
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(here)
 
 
 def new_processor(tokenizer: PreTrainedTokenizerFast, image_size: int, patch: int) -> LlavaProcessor:
@@ -124,20 +126,21 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, bits: int = 0):
 
     Raises ValueError where the folder is missing, its weights do not fit, or bitsandbytes is.
     """
-    if not (Path(folder) / "config.json").is_file():
+    here = local(folder)
+    if not (here / "config.json").is_file():
         raise ValueError(f"{folder} holds no model (config.json is missing); run the job that writes it, or correct the path")
     given = {"quantization_config": _quantised(bits, dtype)} if bits else {}  # None would undo that of a quantised folder
     model, info = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **given
+        here, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **given
     )
     wrong = {k: sorted(v) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if (v := info.get(k))}
     if wrong:
         raise ValueError(f"{folder}: the weights do not fit its config.json: {wrong}")
     if is_llava(model.config):
-        processor = AutoProcessor.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(here)
     else:
-        processor = Processor(AutoTokenizer.from_pretrained(folder), _image_processor(folder), Path(folder))
-    legacy = Path(folder) / "chat_template.json"  # transformers reads it into a processor, not into its tokenizer
+        processor = Processor(AutoTokenizer.from_pretrained(here), _image_processor(here), here)
+    legacy = here / "chat_template.json"  # transformers reads it into a processor, not into its tokenizer
     if not processor.tokenizer.chat_template and legacy.is_file():
         processor.tokenizer.chat_template = json.loads(legacy.read_text())["chat_template"]
     return model, processor
@@ -198,7 +201,7 @@ def save(model, processor, folder: str | Path, weights: dict[str, Tensor] | None
 
 def weights_digest(folder: str | Path) -> str:
     """sha256 over the weights of a saved model; raises ValueError where there are none."""
-    files = sorted(Path(folder).glob("*.safetensors"))
+    files = sorted(local(folder).glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} holds no model (no *.safetensors); run the job that writes it, or correct the path")
     digest = hashlib.sha256()

@@ -7,6 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from geodistill.config import Config
+from geodistill.data.files import local
 from geodistill.train.stage import Stage
 
 
@@ -26,7 +27,8 @@ def image_reading(folder: str | Path) -> dict[str, Any]:
 
     Of a LLaVA: image_size and patch_size in pixels; of another family, how its image processor cuts an image as well.
     """
-    file = Path(folder) / "config.json"
+    here = local(folder, weights=False)
+    file = here / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} holds no model (config.json is missing); run the job that writes it, or correct the path")
     config = json.loads(file.read_text())
@@ -40,8 +42,8 @@ def image_reading(folder: str | Path) -> dict[str, Any]:
     found |= {k: vision[k] for k in ("image_size", "patch_size", "spatial_merge_size") if k in vision}
     found |= {k: config[k] for k in ("downsample_ratio", "scale_factor", "image_grid_pinpoints", "image_token_id") if k in config}
     for name in ("preprocessor_config.json", "processor_config.json"):
-        if (Path(folder) / name).is_file():
-            settings = json.loads((Path(folder) / name).read_text())
+        if (here / name).is_file():
+            settings = json.loads((here / name).read_text())
             settings = settings.get("image_processor", settings)
             pixels = {"shortest_edge": settings.get("min_pixels"), "longest_edge": settings.get("max_pixels")}
             if any(pixels.values()):  # published Qwen2.5-VL; saved again, they are the edges of its size
@@ -53,7 +55,7 @@ def image_reading(folder: str | Path) -> dict[str, Any]:
 
 def vocabulary_of(folder: str | Path) -> dict[str, int]:
     """Token -> id of a saved model, from its tokenizer.json alone. Raises ValueError where there is none."""
-    file = Path(folder) / "tokenizer.json"
+    file = local(folder, weights=False) / "tokenizer.json"
     if not file.is_file():
         raise ValueError(f"{folder} holds no tokenizer.json; run the job that writes it, or correct the path")
     return Tokenizer.from_file(str(file)).get_vocab()

@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText, CLIPVisionConfig, CLIPVisi
 
 from geodistill.config import VisionConfig
 from geodistill.data import synthetic
+from geodistill.data.files import local
 from geodistill.data.record import CLIP_MEAN, CLIP_STD
 from geodistill.language import Box, box_corners
 from geodistill.models.earthgpt import VitConvNetConfig, VitConvNetModel, new_vit_convnet
@@ -173,13 +174,14 @@ def load_tower(folder: str | Path) -> tuple[CLIPVisionModel | VitConvNetModel, i
 
     Raises ValueError where there is none.
     """
-    file = Path(folder) / "config.json"
+    here = local(folder)
+    file = here / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} holds no model (config.json is missing); correct model.tower")
     kind = json.loads(file.read_text())["model_type"]
     if kind == "llava":
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+        model = AutoModelForImageTextToText.from_pretrained(here, dtype=torch.float32)
         return model.model.vision_tower, model.config.vision_feature_layer
     if kind == VitConvNetConfig.model_type:
-        return VitConvNetModel.from_pretrained(folder, dtype=torch.float32), -1
-    return CLIPVisionModel.from_pretrained(folder, dtype=torch.float32), None
+        return VitConvNetModel.from_pretrained(here, dtype=torch.float32), -1
+    return CLIPVisionModel.from_pretrained(here, dtype=torch.float32), None

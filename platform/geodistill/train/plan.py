@@ -10,12 +10,12 @@ import math
 from copy import deepcopy
 from dataclasses import replace
 from operator import attrgetter
-from pathlib import Path
 from typing import NamedTuple
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from geodistill.config import Config, ConfigError, ModelConfig, TrainConfig, changed
+from geodistill.data.files import local
 from geodistill.models.cost import Shape, architecture, shape
 from geodistill.train.stage import Stage
 
@@ -89,9 +89,9 @@ def models(config: Config, stage: Stage) -> dict[str, tuple[str, PreTrainedConfi
     where the stage starts from random weights, or from a folder that is not there yet."""
 
     def found(sizes: ModelConfig, vocabulary: int, *folders: str) -> tuple[str, PreTrainedConfig]:
-        there = [folder for folder in folders if folder and (Path(folder) / "config.json").is_file()]
+        there = [folder for folder in folders if folder and (local(folder, weights=False) / "config.json").is_file()]
         if there:
-            return there[0], AutoConfig.from_pretrained(there[0])
+            return there[0], AutoConfig.from_pretrained(local(there[0], weights=False))
         key = repr((sizes, vocabulary))
         if key not in _made:
             _made[key] = architecture(sizes, vocabulary)

@@ -1,7 +1,6 @@
 """What a Ray Train worker has: models, engine, checkpoints and data, made once. loop.py runs it."""
 
 import os
-import tempfile
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from torch import nn
 
 from geodistill.config import Config
 from geodistill.data.features import check_features, to_tensor
-from geodistill.data.files import download
 from geodistill.data.rows import Rows
 from geodistill.data.stream import MicroBatch, PackerSpec, new_packer, stream
 from geodistill.distill.step import Distiller, Experience, Labelled, Seen
@@ -51,8 +49,7 @@ def build(config: Config, stage: Stage, dtype: torch.dtype):
         student, processor = assemble.load(start, dtype)
     else:
         brings = stage.teacher or config.teacher.model.init
-        source = brings or download(config.data.shards, "tokenizer", Path(tempfile.mkdtemp()))
-        tokenizer = assemble.load_tokenizer(source)
+        tokenizer = assemble.load_tokenizer(brings or f"{config.data.shards}/tokenizer")
         student = assemble.new_model(sizes, tokenizer)
         vision = student.config.vision_config
         processor = assemble.new_processor(tokenizer, vision.image_size, vision.patch_size)

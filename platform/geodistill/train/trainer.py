@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from geodistill.cli import JobFailed, JobStopped
+from geodistill.cluster import answering, can_have
 from geodistill.config import ClusterConfig, Config, ModelConfig, TrainConfig, save
 from geodistill.data.features import load_features
 from geodistill.data.shards import load_manifest
@@ -93,6 +96,11 @@ def is_finished(folder: Path, settings: dict) -> bool:
     return False
 
 
+def resources_of_worker(cluster: ClusterConfig) -> dict[str, float]:
+    """What Ray reserves for a worker."""
+    return {"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.use_gpu else {})}
+
+
 def workers_that_fit(cluster: ClusterConfig, train: TrainConfig, have: dict[str, float]) -> int:
     """The most workers, from cluster.min_workers (0: all) to cluster.workers, that the resources `have` hold beside half a CPU
     for data, and among whom the micro-batches of a step can be divided; 0 where there are none."""
@@ -106,15 +114,15 @@ def workers_that_fit(cluster: ClusterConfig, train: TrainConfig, have: dict[str,
 
 def check_resources(config: Config, train: TrainConfig) -> int:
     """The number of workers to begin with. Raises ValueError where Ray could only wait for ever."""
-    cluster, have = config.cluster, ray.cluster_resources()
+    cluster, have = config.cluster, can_have()
     workers = workers_that_fit(cluster, train, have)
     if workers == 0:
         least = cluster.min_workers or cluster.workers
         need = f"{least * cluster.cpus_per_worker + 0.5:g} CPUs (0.5 CPU of it for data)"
         need += f" and {least} GPUs" if cluster.use_gpu else ""
         raise ValueError(
-            f"cluster.workers={cluster.workers} needs at least {need}, but this Ray has {have.get('CPU', 0):g} CPUs and "
-            f"{have.get('GPU', 0):g} GPUs; lower cluster.workers, cluster.cpus_per_worker or set cluster.use_gpu=false"
+            f"cluster.workers={cluster.workers} needs at least {need}, but this Ray has, or can grow to, {have.get('CPU', 0):g} "
+            f"CPUs and {have.get('GPU', 0):g} GPUs; lower cluster.workers, cluster.cpus_per_worker or set cluster.use_gpu=false"
         )
     return workers
 
@@ -196,7 +204,9 @@ def fit(config: Config, stage: Stage, work: Callable[[dict], dict] | None = None
     kept = {k: v for k, v in _flatten(settings).items() if k not in REMEDIES}
     identity = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
     began, at, failures = time.time(), newest_step(where), 0
-    notice = ray.remote(num_cpus=0)(Notice).remote()
+    # on the node of this process: what a lost node held would be taken for the notice
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    notice = ray.remote(Notice).options(num_cpus=0, scheduling_strategy=here).remote()
     with _stop_at_sigterm(notice):
         while True:
             try:
@@ -241,7 +251,7 @@ def _attempt(config: Config, stage: Stage, identity: str, workers: int, work: Ca
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=cluster.use_gpu,
-            resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.use_gpu else {})},
+            resources_per_worker=resources_of_worker(cluster),
         ),
         run_config=RunConfig(
             name="ray",
@@ -284,13 +294,16 @@ def _last_line(error: BaseException) -> str:
 def _wait_for_workers(config: Config, stage: Stage) -> int:
     """The number of workers to go on with; waits up to cluster.wait seconds for what a lost node held."""
     until, told = time.time() + config.cluster.wait, False
-    while not (workers := workers_that_fit(config.cluster, stage.train, ray.cluster_resources())):
+    while not (workers := workers_that_fit(config.cluster, stage.train, answering())):
         if time.time() > until:
             return check_resources(config, stage.train)
         if not told:
             print(f"[{stage.name}] waits up to {config.cluster.wait:.0f} s for workers", flush=True)
+            request_resources(bundles=[resources_of_worker(config.cluster)] * config.cluster.workers)  # of an autoscaler
             told = True
         time.sleep(1)
+    if told:
+        request_resources(bundles=[])
     if workers < config.cluster.workers:
         print(f"[{stage.name}] goes on with {workers} of {config.cluster.workers} workers", flush=True)
     return workers
