@@ -10,6 +10,7 @@ let answers = []; // {model, question, text, boxes}
 let drawn = null; // the box that is being drawn: {x1, y1, x2, y2} as shares of the image
 let draws = false;
 let asking = null;
+let chosen = 0; // counts what was chosen: the last one is shown, whichever comes first
 
 function svg(name, attributes, text) {
   const node = document.createElementNS(NS, name);
@@ -39,18 +40,20 @@ const sides = (url) => new Promise((resolve, reject) => {
 });
 
 async function choose(blob, name) {
+  const mine = ++chosen;
   trouble("");
   try {
-    const url = await read(blob);
+    const url = await read(await blob);
     let shown = url, width, height;
     try {
       [width, height] = await sides(url);
     } catch { // a GeoTIFF: the server shows it
-      const answer = await fetch("preview", { method: "POST", headers: headers(), body: blob });
+      const answer = await fetch("preview", { method: "POST", headers: headers(), body: await blob });
       if (!answer.ok) throw new Error(await reason(answer));
       shown = await read(await answer.blob());
       [width, height] = [Number(answer.headers.get("x-width")), Number(answer.headers.get("x-height"))];
     }
+    if (mine !== chosen) return;
     image = { url, name, width, height };
     answers = [];
     drawn = null;
@@ -62,9 +65,9 @@ async function choose(blob, name) {
     view.removeAttribute("hidden");
     $("empty").hidden = true;
     $("about").replaceChildren(`${name}, ${width} × ${height} pixels `, another());
-    show();
+    setDraws(draws);
   } catch (error) {
-    trouble(`${name}: ${error.message}`);
+    if (mine === chosen) trouble(`${name}: ${error.message}`);
   }
 }
 
@@ -223,6 +226,7 @@ async function ask() {
   trouble("");
   if (!image) return trouble("Choose an image first: drop one, or take a sample.");
   if (!question) return trouble("Write a question, or take one of the tasks.");
+  await ready;
   const models = [...document.querySelectorAll("#models input:checked")].map((box) => box.value);
   if (!models.length) return trouble("Choose a model.");
   if (asking) asking.abort();
@@ -338,7 +342,7 @@ async function begin() {
     button.title = name;
     [picture.src, picture.alt] = [url, name];
     button.append(picture);
-    button.addEventListener("click", async () => choose(await (await fetch(url)).blob(), `${name}.png`));
+    button.addEventListener("click", () => choose(fetch(url).then((answer) => answer.blob()), `${name}.png`));
     return button;
   }));
   await models();
@@ -359,4 +363,4 @@ async function models() {
 }
 
 $("token").addEventListener("change", () => $("models").querySelector("input") || models());
-begin().catch((error) => trouble(error.message));
+const ready = begin().catch((error) => trouble(error.message));
