@@ -3,7 +3,7 @@
 # make serve         the demo's student and teacher, with a page at http://127.0.0.1:8000
 # make earthgpt      EarthGPT's tower and its two stages           make towers         the same with CLIP's tower, compared
 # make doctor        is this machine, or RAY_ADDRESS's cluster, fit for a run?
-# make test          the tests                                     make lint           ruff and mypy
+# make test          the tests                                     make lint           ruff and mypy       make audit  known vulnerabilities
 # make bench         losses and a step against TRL's and MiniLLM's, compared with the committed ratios
 # make test-all      and the long ones: 10,000 images, every ZeRO stage, every fault, killed sweeps, bf16, EarthGPT, stored features
 PYTHON ?= python3
@@ -11,7 +11,7 @@ ARGS ?=
 export RAY_ADDRESS ?= local
 PY = .venv/bin/python
 
-.PHONY: demo serve doctor demo-seeds demo-teacher earthgpt towers bench test test-all lint clean
+.PHONY: demo serve doctor demo-seeds demo-teacher earthgpt towers bench test test-all lint audit clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed; try: make PYTHON=python3.11 $(MAKECMDGOALS)" if sys.version_info < (3, 11) else 0)'
@@ -63,6 +63,9 @@ lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+audit: .venv/installed
+	$(PY) infra/audit.py
 
 clean:
 	rm -rf .venv runs

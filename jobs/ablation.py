@@ -3,9 +3,7 @@
 Data, teacher and warm start are those of the run and the same for all (make demo); a variant that is finished is skipped.
 """
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 from geodistill.cli import main
 from geodistill.config import Config, changed
@@ -28,21 +26,22 @@ def variant(config: Config, name: str) -> str:
 
 
 def ablation_job(config: Config) -> None:
+    from geodistill.data.files import open_folder, write_json
     from geodistill.evaluate.benchmarks import evaluate
     from geodistill.evaluate.compare import measure, paired_table
     from geodistill.evaluate.metrics import summary_table
     from geodistill.evaluate.report import answers_of_run
 
     models = {name: variant(config, name) for name in config.ablation}
-    folder = Path(config.run) / "ablation"
-    apart = replace(config, run=str(folder), evaluate=replace(config.evaluate, models=models))
+    folder = f"{config.run}/ablation"
+    apart = replace(config, run=folder, evaluate=replace(config.evaluate, models=models))
     scores = evaluate(apart)
     measured = {name: measure(found) for name, found in answers_of_run(apart).items()}
     first, *others = models
     for other in others:
         print(f"\n{paired_table((other, first), measured[other], measured[first]).text()}")
     print(f"\n{summary_table(scores)}\n\nfigures: {folder}/metrics.json")
-    (folder / "ablation.json").write_text(json.dumps({name: score["summary"] for name, score in scores.items()}, indent=1))
+    write_json(open_folder(folder), "ablation.json", {name: score["summary"] for name, score in scores.items()})
 
 
 if __name__ == "__main__":

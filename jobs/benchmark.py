@@ -44,6 +44,8 @@ WITH_RAY = ("data", "scaling", "consumers", "faults", "soak", "serve", "load", "
 
 def benchmark(config: Config, name: str, *words: str) -> None:
     """Measure, write the figures, and print them (benchmarks/NAME.py: measure_NAME, NAME_table and perhaps NAME_figure)."""
+    if "://" in config.run:
+        raise ValueError(f"run={config.run}: a benchmark measures this machine, and writes to a local folder")
     module = import_module(f"geodistill.benchmarks.{name}")
     found = getattr(module, f"measure_{name}")(config, *words)
     file = Path(config.run) / f"benchmark/{name}.json"

@@ -2,6 +2,8 @@
 
 import difflib
 import sys
+import tempfile
+from pathlib import Path
 
 USAGE = """usage: python jobs/convert.py source=FOLDER output=FOLDER [key=value ...]
 
@@ -38,6 +40,23 @@ def settings(arguments: list[str]) -> dict:
     return {**found, "check": found.get("check", "true") == "true"}
 
 
+def convert_job(chosen: dict) -> None:
+    """`convert`, from and to folders that may be s3://. Raises ValueError, OSError."""
+    from geodistill.data.files import exists, local, open_folder, upload
+    from geodistill.models.convert import convert
+
+    output = chosen["output"]
+    chosen = chosen | {key: local(chosen[key]) for key in ("source", "base", "tower") if chosen.get(key)}
+    if "://" not in output:
+        convert(**chosen)
+        return
+    if exists(open_folder(output), "config.json"):
+        raise ValueError(f"output={output} is there already; give another folder, or remove it")
+    with tempfile.TemporaryDirectory() as here:
+        convert(**chosen | {"output": f"{here}/model"})
+        upload(Path(here) / "model", output)
+
+
 def main(arguments: list[str]) -> int:
     """Exit codes: 0 done; 1 the checkpoint cannot be converted, with the reason on stderr; 2 wrong settings."""
     if not {"--help", "-h"}.isdisjoint(arguments):
@@ -48,10 +67,8 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         print(f"convert: {error}", file=sys.stderr)
         return 2
-    from geodistill.models.convert import convert
-
     try:
-        convert(**chosen)
+        convert_job(chosen)
     except (ValueError, OSError) as error:
         print(f"convert: {error}", file=sys.stderr)
         return 1

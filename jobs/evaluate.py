@@ -8,12 +8,10 @@ from geodistill.config import Config
 
 
 def score_job(config: Config) -> None:
-    from pathlib import Path
-
     from geodistill.evaluate.metrics import score_file, summary_table
 
     counter_clockwise = config.evaluate.angle_counter_clockwise
-    scores, bad = score_file(Path(config.predictions), Path(config.output), counter_clockwise)
+    scores, bad = score_file(config.predictions, config.output, counter_clockwise)
     print(summary_table(scores))
     for name, score in scores.items():
         for what, count in score["not_scored"].items():

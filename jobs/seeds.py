@@ -4,10 +4,8 @@ For every seed: a baseline, and a distilled student with as many updates, once w
 once on the splits of distill.train.splits. Data and teacher are those of the run, which must be there (make demo).
 """
 
-import json
 import statistics
 from dataclasses import replace
-from pathlib import Path
 
 from geodistill.cli import main
 from geodistill.config import Config
@@ -39,8 +37,10 @@ def one_seed(config: Config, seed: int) -> dict[str, float]:
 
 
 def seeds_job(config: Config) -> None:
+    from geodistill.data.files import open_folder, write_json
+
     rows = [one_seed(config, seed) for seed in SEEDS]
-    Path(config.run, "seeds/seeds.json").write_text(json.dumps(rows, indent=1))
+    write_json(open_folder(config.run), "seeds/seeds.json", rows)
     print(f"mean of the four tasks; all: prompts on {' and '.join(config.distill.train.splits)}")
     print("seed  baseline  labelled       all")
     for seed, row in zip(SEEDS, rows, strict=True):

@@ -4,18 +4,17 @@ Data and teacher are those of the run. An interrupted sweep goes on with resume=
 student beside its teacher, as `serve run serving.app:build` does, until Ctrl-C.
 """
 
-from pathlib import Path
-
 from geodistill.cli import main
 from geodistill.config import Config
 
 
 def sweep_job(config: Config) -> None:
+    from geodistill.data.files import open_folder, write_text
     from geodistill.sweep import sweep, sweep_table
 
     found = sweep(config)
-    folder = Path(config.run) / "sweep"
-    (folder / "table.txt").write_text(sweep_table(found))
+    folder = f"{config.run}/sweep"
+    write_text(open_folder(folder), "table.txt", sweep_table(found))
     print(f"\n{sweep_table(found)}\n\nfigures: {folder}/sweep.json, {folder}/sweep.png")
     if config.sweep.serve and found["best"]:
         from ray import serve

@@ -4,9 +4,7 @@ The run's own model (make earthgpt) has the joined tower. A second one, below ru
 the same data with `CLIP` in place of it: more layers of the ViT for what the ConvNet costs. Both answer the same test split.
 """
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 from finetune import finetune_job
 from pretrain import pretrain_job
@@ -61,6 +59,7 @@ def train(config: Config) -> str:
 
 
 def towers_job(config: Config) -> None:
+    from geodistill.data.files import open_folder, write_json, write_text
     from geodistill.evaluate.benchmarks import evaluate
     from geodistill.evaluate.compare import measure, paired_table
     from geodistill.evaluate.metrics import columns
@@ -80,8 +79,8 @@ def towers_job(config: Config) -> None:
     cells = [["tower", *rows["CLIP"]], ["---"] * (1 + len(rows["CLIP"]))]
     cells += [[name, *(f"{value:.{2 if '(M)' in key else 1}f}" for key, value in row.items())] for name, row in rows.items()]
     text = "\n".join(f"| {' | '.join(line)} |" for line in cells)
-    Path(apart.run, "towers.json").write_text(json.dumps(rows, indent=1))
-    Path(apart.run, "towers.md").write_text(text + "\n")
+    write_json(open_folder(apart.run), "towers.json", rows)
+    write_text(open_folder(apart.run), "towers.md", text + "\n")
     clip, joined = (measure(found) for found in answers_of_run(apart).values())
     print(f"\n{paired_table(('ViT + ConvNet', 'CLIP'), joined, clip).text()}\n\n{text}\n\nwritten: {apart.run}/towers.md")
 

@@ -323,7 +323,7 @@ class PlanConfig:
 
 @dataclass
 class Config:
-    run: str = option("runs/default", "folder of this run: data, models, metrics, report", "path")
+    run: str = option("runs/default", "folder of this run, local or s3://: data, models, metrics, report", "path")
     seed: int = option(0, "seed of initial weights, order of data and sampling")
     role: str = option("student", "finetune: teacher | student (the baseline) | blind (the baseline without images)")
     predictions: str = option("", "evaluate: score this file of JSON lines, and run no model", "path")
@@ -467,15 +467,23 @@ def changed(config: Config, overrides: list[str]) -> Config:
 def _read(file: str | None) -> DictConfig:
     if file is None:
         return OmegaConf.create({})
-    if not Path(file).is_file():
+    if "://" not in file and not Path(file).is_file():
         raise ConfigError(f"config file {file} does not exist; the shipped ones are in configs/")
     try:
-        found = OmegaConf.load(file)
+        found = OmegaConf.create(_text(file))
     except (yaml.YAMLError, OSError, ValueError, TypeError) as error:
         raise ConfigError(f"config file {file} is not YAML: {error}") from error
     if not isinstance(found, DictConfig):
         raise ConfigError(f"config file {file} must hold keys and values, not a list or a single value")
     return found
+
+
+def _text(file: str) -> str:
+    if "://" not in file:
+        return Path(file).read_text()
+    from geodistill.data.files import beside, read_text  # pyarrow, for those alone who need it
+
+    return read_text(*beside(file))
 
 
 def _need_groups(part: DictConfig) -> None:
@@ -522,7 +530,6 @@ def _explain(error: OmegaConfBaseException, file: str | None) -> str:
     return f"key {key!r}{where}: {str(error).splitlines()[0]}"
 
 
-def save(config: Config, file: str | Path) -> None:
-    """Write the resolved settings as YAML."""
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    Path(file).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+def as_yaml(config: Config) -> str:
+    """The resolved settings, as `load` reads them."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -130,7 +130,7 @@ def storage(key: str, folder: str, mark: str = "") -> Finding:
     try:
         files = open_folder(folder, create=True)
         if mark and not files.get_file_info(mark).is_file:
-            remedy = "put it on storage that all nodes see (NFS, EFS ..., or s3:// where the setting takes it)"
+            remedy = "put it on s3://, or on a file system that all nodes see (NFS, EFS ...)"
             return Finding(key, f"{folder} is another folder on this node", "wrong", remedy)
         start = time.perf_counter()
         with files.open_output_stream(name) as stream:

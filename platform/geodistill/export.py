@@ -4,7 +4,6 @@ Every folder is what plain transformers loads; whether vLLM's classes read it is
 """
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import yaml
 from transformers import AutoModelForImageTextToText
 
 from geodistill.config import Config
-from geodistill.data.files import local
+from geodistill.data.files import beside, exists, local, open_folder, read_text, write_json, write_text
 from geodistill.data.shards import load_manifest
 from geodistill.evaluate.benchmarks import answer
 from geodistill.evaluate.metrics import score
@@ -65,36 +64,37 @@ def export(config: Config) -> dict:
 
     Raises ValueError for a folder that holds no model, or where bitsandbytes is missing.
     """
-    options, out = config.export, Path(config.export.out)
+    options, out = config.export, config.export.out
     model, processor = merged(options.model)
-    folders = {"student": out / "student"}
-    out.mkdir(parents=True, exist_ok=True)
+    folders = {"student": f"{out}/student"}
     assemble.save(model, processor, folders["student"])
     del model
     for bits in options.bits:
         name = f"student-int{bits}" if bits == 8 else "student-nf4"
-        folders[name] = out / name
+        folders[name] = f"{out}/{name}"
         small, _ = assemble.load(folders["student"], torch.bfloat16 if config.cluster.use_gpu else torch.float32, bits)
         assemble.save(small, processor, folders[name])
         del small
     variants: dict[str, dict] = {}
     for name, folder in folders.items():
-        variants[name] = {"MB": size_of(folder), "vllm": vllm_reads(folder)}
-        loaded, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+        here = local(folder)
+        variants[name] = {"MB": size_of(here), "vllm": vllm_reads(here)}
+        loaded, info = AutoModelForImageTextToText.from_pretrained(here, output_loading_info=True)
         del loaded
         wrong = {k: sorted(v) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if (v := info.get(k))}
         if wrong:
             raise ValueError(f"{folder} does not load as it was written: {wrong}")
         if options.evaluate:
-            asked = replace(config, evaluate=replace(config.evaluate, models={name: str(folder)}, blind=[]))
-            summary = score(answer(asked, name, str(folder)), config.evaluate.angle_counter_clockwise)["summary"]
+            asked = replace(config, evaluate=replace(config.evaluate, models={name: folder}, blind=[]))
+            summary = score(answer(asked, name, folder), config.evaluate.angle_counter_clockwise)["summary"]
             variants[name] |= {figure: summary[figure] for figure in FIGURES if figure in summary}
+    stage, _ = beside(options.model.rstrip("/"))
     for name, folder in folders.items():
-        (folder / "README.md").write_text(model_card(config, name, variants))
-        settings = Path(options.model).parent / "config.yaml"
-        if settings.is_file():
-            shutil.copy(settings, folder / "training.yaml")
-    (out / "export.json").write_text(json.dumps({"variants": variants}, indent=1))
+        files = open_folder(folder)
+        write_text(files, "README.md", model_card(config, name, variants))
+        if exists(stage, "config.yaml"):
+            write_text(files, "training.yaml", read_text(stage, "config.yaml"))
+    write_json(open_folder(out), "export.json", {"variants": variants})
     return {"variants": variants}
 
 

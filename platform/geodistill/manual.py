@@ -96,21 +96,26 @@ FOLDERS = {
 def record(run: str, job: str, arguments: list[str], begun: float, code: int, said: str) -> None:
     """Add a job that has ended to RUN/jobs.jsonl, and tell in RUN/README.md what the folder holds; nothing where there is no such
     folder. begun: seconds since 1970."""
-    folder = Path(run)
-    if "://" in run or not folder.is_dir():
-        return
     times = [datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds") for at in (begun, datetime.now().timestamp())]
     row = {"job": job, "arguments": arguments, "begun": times[0], "ended": times[1], "exit": code, "said": said}
-    with suppress(OSError):  # a full disk is told by what filled it
-        with (folder / "jobs.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    from pyarrow.fs import FileSelector  # here: a wrong setting shall be told at once
+
+    from geodistill.data.files import open_folder, read_lines, write_text
+
+    with suppress(OSError, ValueError):  # a full disk, or a store that nobody reaches, is told by what needed it
+        folder = open_folder(run)
+        there = {found.base_name for found in folder.get_file_info(FileSelector("", allow_not_found=True))}
+        if not there:
+            return
+        jobs = [*read_lines(folder, "jobs.jsonl"), row]
+        write_text(folder, "jobs.jsonl", "".join(json.dumps(one) + "\n" for one in jobs))
         lines = ["# A run of GeoDistill", "", "| here | what it is |", "|---|---|"]
-        lines += [f"| `{name}` | {what} |" for name, what in FOLDERS.items() if (folder / name).exists()]
+        lines += [f"| `{name}` | {what} |" for name, what in FOLDERS.items() if name in {*there, "jobs.jsonl"}]
         command = f"python jobs/{job}.py {shlex.join(arguments)}"
         lines += ["", f"Last: `{command}`, from {times[0]} to {times[1]}, exit code {code}: {said}", "",
                   "Exit codes: 0 done; 1 data or training failed; 3 ended by SIGTERM, with a checkpoint. The same command "
                   "goes on where a job stopped.", ""]  # fmt: skip
-        (folder / "README.md").write_text("\n".join(lines))
+        write_text(folder, "README.md", "\n".join(lines))
 
 
 def main() -> None:

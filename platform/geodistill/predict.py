@@ -8,7 +8,6 @@ import json
 import os
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import ray.data
@@ -16,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from geodistill.config import Config
-from geodistill.data.files import open_folder
+from geodistill.data.files import open_folder, read_text, write_json, write_text, written
 from geodistill.data.record import BadRecord, Conversation
 from geodistill.data.scenes import Found, Tile, found_in, merged, open_scene, tiles, write_geojson
 from geodistill.data.stream import square
@@ -114,7 +113,7 @@ def stems_of(path: str) -> dict[str, str]:
 def _everything():
     from pyarrow.fs import FileSelector
 
-    return FileSelector("", recursive=True)
+    return FileSelector("", recursive=True, allow_not_found=True)
 
 
 def parts_of(config: Config, scene: str, side: int, digest: str) -> list[Part]:
@@ -142,7 +141,7 @@ def predict(config: Config) -> dict:
     asked = [options.questions, options.tile, options.overlap, options.max_response, config.data.bands, config.image_size]
     asked.append(config.evaluate.angle_counter_clockwise)
     digest = json.dumps([assemble.weights_digest(options.model), *asked])
-    out, start = Path(options.out), time.time()
+    out, start = open_folder(options.out, create=True), time.time()
     names: dict[str, list[Part]] = {}
     aside: dict[str, str] = {}
     stems = stems_of(options.scenes)
@@ -151,7 +150,8 @@ def predict(config: Config) -> dict:
             names[scene] = parts_of(config, scene, side, digest)
         except BadRecord as bad:
             aside[scene] = bad.reason
-    todo = [part for parts in names.values() for part in parts if not (out / "parts" / part.file).is_file()]
+    done = {f"parts/{found.path}" for found in open_folder(f"{options.out}/parts").get_file_info(_everything()) if found.is_file}
+    todo = [part for parts in names.values() for part in parts if f"parts/{part.file}" not in done]
     total = sum(len(part.tiles) for parts in names.values() for part in parts)
     left = sum(len(part.tiles) for part in todo)
     if left < total:
@@ -162,25 +162,27 @@ def predict(config: Config) -> dict:
                 scene = next(part.scene for part in todo if part.file == row["part"])
                 aside[scene] = row["error"]
             else:
-                file = out / "parts" / row["part"]
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.with_suffix(".tmp").write_text(row["found"])
-                file.with_suffix(".tmp").rename(file)
+                out.create_dir(f"parts/{row['part'].rpartition('/')[0]}", recursive=True)
+                write_text(out, f"parts/{row['part']}", row["found"])
             bar.update(row["tiles"])
     counts = {}
     for scene, parts in names.items():
         if scene in aside:
             continue
-        rows = [one for part in parts for one in json.loads((out / "parts" / part.file).read_text())]
+        rows = [one for part in parts for one in json.loads(read_text(out, f"parts/{part.file}"))]
         found = [Found(**{**one, "corners": tuple(map(tuple, one["corners"]))}) for one in rows]
         kept = merged(found, options.iou)
-        with open_scene(scene, config.data.bands) as opened:
-            written = write_geojson(opened, kept, out / stems[scene])
+        with open_scene(scene, config.data.bands) as opened, written(options.out) as here:
+            made = [str(file.relative_to(here)) for file in write_geojson(opened, kept, here / stems[scene])]
         tiles_of_scene = sum(len(part.tiles) for part in parts)
-        counts[scene] = {"tiles": tiles_of_scene, "boxes": len(found), "objects": len(kept), "files": [str(f) for f in written]}
+        counts[scene] = {
+            "tiles": tiles_of_scene,
+            "boxes": len(found),
+            "objects": len(kept),
+            "files": [f"{options.out}/{name}" for name in made],
+        }
     result = {"scenes": counts, "set_aside": aside, "tiles": total, "seconds": time.time() - start}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "predict.json").write_text(json.dumps(result, indent=1))
+    write_json(out, "predict.json", result)
     return result
 
 
@@ -207,6 +209,6 @@ def predict_table(found: dict) -> str:
     """What was found in each scene."""
     lines = [f"{'scene':40} {'tiles':>7} {'boxes':>7} {'objects':>8}"]
     for scene, row in found["scenes"].items():
-        lines.append(f"{Path(scene).name[:40]:40} {row['tiles']:7} {row['boxes']:7} {row['objects']:8}")
+        lines.append(f"{scene.rpartition('/')[2][:40]:40} {row['tiles']:7} {row['boxes']:7} {row['objects']:8}")
     lines += [f"set aside: {scene}: {reason}" for scene, reason in found["set_aside"].items()]
     return "\n".join(lines)

@@ -165,8 +165,6 @@ def validate(config: "Config", space: "dict[str, Domain]") -> None:
                 f"{role}.model.vision.vit_layers={vision.vit_layers} must name hidden states from {-vision.layers - 1} to "
                 f"{vision.layers}",
             )
-    remote = [name for name in ("run", "predictions", "output") if "://" in getattr(config, name)]
-    need(not remote, f"{', '.join(remote)} must be a folder or file of this machine; data.root and data.shards may be s3://")
     need(bool(config.evaluate.models), "evaluate.models is empty; name one model at least: evaluate.models={mine: FOLDER}")
     need(config.evaluate.images_per_batch >= 1, "evaluate.images_per_batch must be at least 1")
     need(config.evaluate.questions_per_row >= 1, "evaluate.questions_per_row must be at least 1")

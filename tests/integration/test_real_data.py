@@ -55,5 +55,5 @@ def test_prepare_evaluate_and_report(ray_cluster, tmp_path, name):
     assert tasks <= scores.keys() and all(0 <= value <= 100 for value in scores["summary"].values())
     metrics = json.loads((tmp_path / "metrics.json").read_text())["teacher"]
     assert list(metrics["benchmarks"]) == [Path(config.data.root).name]
-    html = report_of_run(config, {"teacher": scores}).read_text()
+    html = Path(report_of_run(config, {"teacher": scores})).read_text()
     assert "The paper" in html and "How sure" in html

@@ -80,7 +80,7 @@ def test_a_model_on_s3_is_copied_once_for_a_node(port, student, processor, tmp_p
         for value in (0.0, 1.0):
             torch.nn.init.constant_(student.lm_head.weight, value)
             assemble.save(student, processor, folder)
-            upload(folder, "s3://bucket/models", "student")
+            upload(folder, "s3://bucket/models/student")
             time.sleep(1.1)  # a store tells whole seconds
             counted.files.clear()
             assert vocabulary_of("s3://bucket/models/student") == vocabulary_of(folder)

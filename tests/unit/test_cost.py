@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM, Qwen2_5_VLConfig
 
-from geodistill.config import Config, ModelConfig, TrainConfig, changed, load, save
+from geodistill.config import Config, ModelConfig, TrainConfig, as_yaml, changed, load
 from geodistill.data.rows import Responses, Rows, respond
 from geodistill.distill.cache import new_cache
 from geodistill.distill.step import Distiller
@@ -337,12 +337,12 @@ def run(monkeypatch, *arguments: str) -> None:
 
 def test_the_job_ends_with_0_1_or_2(tmp_path: Path, monkeypatch, capsys) -> None:
     file = str(tmp_path / "config.yaml")
-    save(small(4, 8), file)
+    file.write_text(as_yaml(small(4, 8)))
     run(monkeypatch, "--config", file)
     out = capsys.readouterr().out
     assert "Memory of one worker: distill/warm" in out and "GPU-hours" in out and "GeoChat-13B (paper)" in out
     assert "distill fits: " in out and "student: no folder yet" in out
-    save(geochat("distill.warm_start.steps=0"), file)
+    file.write_text(as_yaml(geochat("distill.warm_start.steps=0")))
     with pytest.raises(SystemExit, match="1"):
         run(monkeypatch, "--config", file)
     found = capsys.readouterr()

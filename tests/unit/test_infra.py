@@ -13,6 +13,7 @@ import yaml
 
 from geodistill.cluster import ENVIRONMENT
 from geodistill.config import load
+from infra.audit import verdict
 from serving.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -198,3 +199,15 @@ def test_hadolint_finds_nothing():
         pytest.skip("hadolint is not installed: pip install 'geodistill[dev]'")
     found = subprocess.run([lint, INFRA / "Dockerfile"], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout
+
+
+def test_the_audit_tells_apart_what_can_be_mended_and_what_was_not_asked():
+    clean = {"name": "a", "version": "1", "vulns": []}
+    mended = {"name": "b", "version": "2", "vulns": [{"id": "PYSEC-1", "fix_versions": ["3"]}]}
+    waits = {"name": "c", "version": "3", "vulns": [{"id": "PYSEC-2", "fix_versions": []}]}
+    unknown = {"name": "d", "skip_reason": "not found"}
+    assert verdict([clean, unknown]) == ("audit: 1 of 2 packages checked, 0 vulnerabilities known", 0)
+    text, code = verdict([clean, mended, waits])
+    assert code == 1 and "b 2: PYSEC-1, mended in 3" in text and "c 3: PYSEC-2, not mended yet" in text and "2 vuln" in text
+    assert verdict([waits])[1] == 0
+    assert "not checked" in verdict([unknown])[0] and verdict([unknown])[1] == 0

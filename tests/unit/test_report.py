@@ -88,10 +88,10 @@ def test_report_of_a_small_run(tmp_path: Path) -> None:
          "answers": {"teacher": "Beach.", "baseline": "river", "distilled": ""}},
     ]  # fmt: skip
     start = time.perf_counter()
-    path = write_report(tmp_path, scores, histories, samples, ["a <note> & more"])
+    path = write_report(str(tmp_path), scores, histories, samples, ["a <note> & more"])
     assert time.perf_counter() - start < 20
-    assert path == tmp_path / "report.html"
-    html = path.read_text()
+    assert path == f"{tmp_path}/report.html"
+    html = Path(path).read_text()
     page = Page(html)
     links = [value for name, value in page.attributes if name in ("src", "href")]
     assert links and all(link.startswith("data:image/") for link in links)
@@ -109,7 +109,7 @@ def test_report_of_a_small_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scores", [{}, {"teacher": score([])}])
 def test_empty_input_gives_a_valid_page(tmp_path: Path, scores: dict) -> None:
-    page = Page(write_report(tmp_path, scores, {}, [], []).read_text())
+    page = Page(Path(write_report(str(tmp_path), scores, {}, [], [])).read_text())
     assert tmp_path.name in page.text and "Nothing recorded." in page.text
     assert "Make it again" in page.text
 
@@ -118,7 +118,7 @@ def test_stages_without_values(tmp_path: Path) -> None:
     assert stage_figure([]) is None
     assert stage_figure([{"step": 1, "loss": math.inf}]) is None
     assert validation_figure({"baseline": rows(3, validation_loss=1.0)}) is None
-    Page(write_report(tmp_path, {}, {"teacher": []}, [], []).read_text())
+    Page(Path(write_report(str(tmp_path), {}, {"teacher": []}, [], [])).read_text())
 
 
 def test_stage_figure_has_a_panel_per_metric() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from geodistill.benchmarks.step import NO_GPU, REPEATS, Step, alone, measure_step, random_model, step_table
-from geodistill.config import Config, changed, keys, load, save
+from geodistill.config import Config, as_yaml, changed, keys, load
 from geodistill.models.cost import architecture
 from geodistill.train import plan
 from geodistill.train.stage import stages
@@ -198,7 +198,7 @@ def run(monkeypatch, *arguments: str) -> None:
 
 
 def test_the_job_writes_its_figures_without_ray(tmp_path, monkeypatch, capsys):
-    save(changed(tiny(), [f"run={tmp_path}"]), tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(as_yaml(changed(tiny(), [f"run={tmp_path}"])))
     monkeypatch.setattr("geodistill.cluster.connect", lambda: pytest.fail("Ray was started"))
     run(monkeypatch, "step", "--config", str(tmp_path / "config.yaml"))
     out, found = capsys.readouterr().out, json.loads((tmp_path / "benchmark/step.json").read_text())

@@ -77,15 +77,15 @@ def rows(folder, values):
 
 def test_what_a_trial_reports_again(tmp_path):
     rows(tmp_path, [3.0, 2.0])
-    assert reported(tmp_path) == [
+    assert reported(str(tmp_path)) == [
         {"step": 10, "reverse_kl": 1.5, "loss": 3.0, "validation_loss": 3.0},
         {"step": 20, "reverse_kl": 1.0, "loss": 2.0, "validation_loss": 2.0},
     ]
-    assert reported(tmp_path / "none") == []
+    assert reported(f"{tmp_path}/none") == []
 
 
 def scheduler(journal):
-    found = Remembered(journal, max_t=90, grace_period=10, reduction_factor=3)
+    found = Remembered(str(journal.parent), max_t=90, grace_period=10, reduction_factor=3)
     found.set_search_properties("validation_loss", "min")
     return found
 
@@ -108,11 +108,11 @@ def run(asha, curves, upto=None):
 def test_a_resumed_sweep_takes_the_decisions_of_an_unbroken_one(tmp_path):
     draw = random.Random(0)
     curves = [[draw.random() for _ in range(9)] for _ in range(12)]
-    unbroken = run(scheduler(tmp_path / "unbroken.jsonl"), curves)
+    unbroken = run(scheduler(tmp_path / "unbroken/decisions.jsonl"), curves)
     stops = [key for key, action in unbroken.items() if action == TrialScheduler.STOP]
     assert len(stops) > 4
     for cut in (1, 5, 11):
-        journal = tmp_path / f"{cut}.jsonl"
+        journal = tmp_path / f"{cut}/decisions.jsonl"
         before = run(scheduler(journal), curves, cut)
         with journal.open("a") as file:
             file.write('{"trial": "alpha=')  # killed while it wrote
@@ -126,7 +126,7 @@ def test_a_decision_that_was_taken_stands(tmp_path):
     journal = tmp_path / "decisions.jsonl"
     journal.write_text(json.dumps({"trial": "alpha=1", "step": 10, "validation_loss": 5.0, "action": "CONTINUE"}) + "\n")
     assert run(scheduler(journal), [[1.0] * 9, [5.0] * 9])[1, 10] == "CONTINUE"
-    assert run(scheduler(tmp_path / "other.jsonl"), [[1.0] * 9, [5.0] * 9])[1, 10] == "STOP"
+    assert run(scheduler(tmp_path / "other/decisions.jsonl"), [[1.0] * 9, [5.0] * 9])[1, 10] == "STOP"
 
 
 def test_summary_table_figure_and_best(tmp_path, monkeypatch):

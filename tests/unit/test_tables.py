@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from geodistill.config import load, save
+from geodistill.config import as_yaml, load
 from geodistill.data.prepare import prepare
 from geodistill.data.shards import groups, load_manifest, read_group
 from geodistill.evaluate.metrics import score
@@ -145,7 +145,7 @@ def test_the_report_job_on_answers_that_are_there(tmp_path: Path, monkeypatch, c
     config = load(None, [f"run={tmp_path}", *small])
     monkeypatch.setattr(assemble, "new_tokenizer", lambda *_: _NoTokenizer())
     prepare(config, parallel=False)
-    save(config, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(as_yaml(config))
     job = Path(__file__).parents[2] / "jobs/report.py"
     monkeypatch.setattr("sys.argv", ["report.py", "--config", str(tmp_path / "config.yaml")])
     with pytest.raises(SystemExit, match="1"):

@@ -83,12 +83,12 @@ def test_stages_of_the_jobs(run):
 def test_a_finished_stage_remembers_its_settings(run, tmp_path):
     config = settings(run)
     (stage,) = stages(config, "finetune")
-    assert not is_finished(tmp_path, settings_of(config, stage))
+    assert not is_finished(str(tmp_path), settings_of(config, stage))
     (tmp_path / "done.json").write_text(json.dumps({"settings": settings_of(config, stage)}))
-    assert is_finished(tmp_path, settings_of(config, stage))
+    assert is_finished(str(tmp_path), settings_of(config, stage))
     config = settings(run, "seed=3")
     with pytest.raises(ValueError, match=r"seed: 0 -> 3"):
-        is_finished(tmp_path, settings_of(config, stage))
+        is_finished(str(tmp_path), settings_of(config, stage))
 
 
 def test_learning_rate_rises_and_falls(run):

@@ -1,4 +1,7 @@
-"""Folders, local or s3://, through pyarrow: every access to raw data and shards goes through here."""
+"""Folders, local or s3://, through pyarrow: every file of a run, its data and its models is reached through here.
+
+One file: `open_folder` and the functions that take what it returns. A folder that a library reads: `local`; writes: `written`.
+"""
 
 import errno
 import hashlib
@@ -7,6 +10,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,17 +35,27 @@ def open_folder(folder: str | Path, create: bool = False) -> fs.FileSystem:
     s3:// takes endpoint, region and credentials from the environment (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID ...) or
     from the machine's role.
     """
-    if "://" not in str(folder):
-        found, path = fs.LocalFileSystem(), str(Path(folder).absolute())
-    else:
-        try:
-            found, path = _remote(str(folder))
-        except (OSError, ValueError) as error:
-            shown = re.sub(r"(?<=://)[^/]*@|\?.*", "", str(folder))  # without what may be secret
-            raise ValueError(f"{shown} cannot be opened ({error}); give a local path or s3://bucket/key") from error
+    found, path = located(folder)
     if create:
         found.create_dir(path, recursive=True)
     return fs.SubTreeFileSystem(path, found)
+
+
+def beside(file: str | Path, create: bool = False) -> tuple[fs.FileSystem, str]:
+    """(the folder that holds a file, the file's name in it), as `open_folder` does."""
+    folder, name = os.path.split(str(file))
+    return open_folder(folder or ".", create), name
+
+
+def located(folder: str | Path) -> tuple[fs.FileSystem, str]:
+    """(file system, path in it) of a folder, as Ray takes them. Raises ValueError."""
+    if "://" not in str(folder):
+        return fs.LocalFileSystem(), str(Path(folder).absolute())
+    try:
+        return _remote(str(folder))
+    except (OSError, ValueError) as error:
+        shown = re.sub(r"(?<=://)[^/]*@|\?.*", "", str(folder))  # without what may be secret
+        raise ValueError(f"{shown} cannot be opened ({error}); give a local path or s3://bucket/key") from error
 
 
 @lru_cache(maxsize=256)
@@ -111,17 +125,34 @@ def writing(files: fs.FileSystem, name: str) -> Iterator[pa.NativeFile]:
     files.move(name + ".tmp", name)
 
 
-def write_json(files: fs.FileSystem, name: str, value: dict) -> None:
-    with writing(files, name) as stream:
-        stream.write(json.dumps(value, indent=1).encode())
+def write_text(files: fs.FileSystem, name: str, text: str) -> None:
+    def write() -> None:
+        with writing(files, name) as stream:
+            stream.write(text.encode())
+
+    retried(write)
 
 
-def read_json(files: fs.FileSystem, name: str) -> dict:
+def read_text(files: fs.FileSystem, name: str) -> str:
     def read() -> bytes:
         with files.open_input_stream(name) as stream:
             return stream.read()
 
-    return json.loads(retried(read))
+    return retried(read).decode()
+
+
+def write_json(files: fs.FileSystem, name: str, value: Any) -> None:
+    write_text(files, name, json.dumps(value, indent=1))
+
+
+def read_json(files: fs.FileSystem, name: str) -> dict:
+    return json.loads(read_text(files, name))
+
+
+def read_lines(files: fs.FileSystem, name: str) -> list[dict]:
+    """The whole lines of a file of JSON lines: a process that was killed may have left half of one. [] where there is none."""
+    lines = read_text(files, name).split("\n")[:-1] if exists(files, name) else []
+    return [json.loads(line) for line in lines]
 
 
 def sha256_of(files: fs.FileSystem, name: str) -> str:
@@ -129,12 +160,42 @@ def sha256_of(files: fs.FileSystem, name: str) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def upload(local: Path, folder: str, name: str) -> None:
-    """Copy a local folder to `folder`/`name`."""
+def upload(here: Path, folder: str) -> None:
+    """Copy a local folder into `folder`."""
     files = open_folder(folder, create=True)
-    files.create_dir(name)
-    here = fs.LocalFileSystem()
-    retried(lambda: fs.copy_files(str(local), name, source_filesystem=here, destination_filesystem=files))
+    retried(lambda: fs.copy_files(str(here), "", source_filesystem=fs.LocalFileSystem(), destination_filesystem=files))
+
+
+@contextmanager
+def written(folder: str | Path) -> Iterator[Path]:
+    """A local folder to write into: `folder` itself where it is local, else an empty one that is copied there at the end."""
+    if "://" not in str(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        yield Path(folder)
+        return
+    with tempfile.TemporaryDirectory() as here:
+        yield Path(here)
+        upload(Path(here), str(folder))
+
+
+def replace_folder(source: str, destination: str) -> None:
+    """Put a copy of the folder `source` in the place of `destination`, both local or in one store."""
+    files, there = located(destination)
+    if files.get_file_info(there).type == fs.FileType.Directory:
+        files.delete_dir(there)
+    files.create_dir(there, recursive=True)
+    fs.copy_files(located(source)[1], there, source_filesystem=files, destination_filesystem=files)
+
+
+def lock(name: str) -> FileLock:
+    """A lock among the processes of this node."""
+    cache = _cache()
+    cache.mkdir(parents=True, exist_ok=True)
+    return FileLock(cache / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.lock")
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("GEODISTILL_CACHE", "~/.cache/geodistill")).expanduser()
 
 
 def local(folder: str | Path, weights: bool = True) -> Path:
@@ -148,10 +209,8 @@ def local(folder: str | Path, weights: bool = True) -> Path:
     found = sorted((one.path, one.size, one.mtime_ns) for one in listed if one.is_file)
     wanted = [one for one in found if weights or not one[0].endswith(".safetensors")]
     digest = hashlib.sha256(json.dumps([str(folder), wanted]).encode()).hexdigest()[:24]
-    cache = Path(os.environ.get("GEODISTILL_CACHE", "~/.cache/geodistill")).expanduser()
-    copy, part = cache / digest, cache / f"{digest}.part"
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f"{digest}.lock"):
+    copy, part = _cache() / digest, _cache() / f"{digest}.part"
+    with lock(digest):
         if not copy.is_dir():
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()

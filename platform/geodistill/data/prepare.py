@@ -4,7 +4,6 @@ import hashlib
 import json
 import random
 import re
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import pyarrow.parquet as pq
 from geodistill.config import Config, DataConfig
 from geodistill.data.duplicates import SCHEMA as DUPLICATES
 from geodistill.data.duplicates import Copy, Fingerprint, find_copies, summary
-from geodistill.data.files import absolute_path, exists, open_folder, read_json, sha256_of, upload, write_json, writing
+from geodistill.data.files import absolute_path, exists, open_folder, read_json, sha256_of, write_json, writing, written
 from geodistill.data.preview import write_preview
 from geodistill.data.record import SCHEMA_VERSION
 from geodistill.data.shards import (
@@ -255,6 +254,5 @@ def _save_tokenizer(config: Config, manifest: dict) -> None:
     )
     tokenizer = new_tokenizer(texts, config.data.vocabulary, config.system)
     print(f"tokenizer: {len(tokenizer)} tokens", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with written(f"{config.data.shards}/tokenizer") as folder:
         tokenizer.save_pretrained(folder)
-        upload(Path(folder), config.data.shards, "tokenizer")

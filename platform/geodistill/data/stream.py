@@ -23,6 +23,7 @@ from torch.nn.functional import interpolate
 
 from geodistill.config import Config, TrainConfig
 from geodistill.data.features import Stored, load_features, read_features
+from geodistill.data.files import local
 from geodistill.data.record import CLIP_MEAN, BadRecord, ImageRecord, open_image
 from geodistill.data.rows import Packer, Question
 from geodistill.data.shards import Group, groups, load_manifest, read_group
@@ -114,7 +115,7 @@ def new_packer(spec: PackerSpec) -> Packer:
     """The Packer of `spec`; one per process."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(local(spec.tokenizer))
     sizes = spec.image_tokens, spec.max_response, spec.questions_per_row
     return Packer(tokenizer, spec.image_token, *sizes, spec.around, spec.tokens_per_row, spec.share_rows)
 

@@ -4,13 +4,12 @@ import json
 import os
 import time
 from collections import Counter
-from pathlib import Path
 
 import ray.data
 import torch
 
-from geodistill.config import Config, save
-from geodistill.data.files import local
+from geodistill.config import Config, as_yaml
+from geodistill.data.files import exists, local, open_folder, read_json, read_lines, write_json, write_text
 from geodistill.data.shards import Group, groups, load_manifest, read_group
 from geodistill.data.stream import MicroBatch, to_micro_batch
 from geodistill.distill.decode import decode
@@ -119,24 +118,24 @@ def evaluate(config: Config) -> dict[str, dict]:
 
     A model whose weights have been answered for with the same settings is not asked again.
     """
-    folder = Path(config.run) / "evaluate"
-    save(config, Path(config.run) / "config.yaml")
-    folder.mkdir(parents=True, exist_ok=True)
+    files = open_folder(f"{config.run}/evaluate", create=True)
+    write_text(open_folder(config.run), "config.yaml", as_yaml(config))
     scores: dict[str, dict] = {}
     apart: dict[str, dict] = {}
     for name, model in config.evaluate.models.items():
         if not (local(model, weights=False) / "config.json").is_file():
             raise ValueError(f"evaluate.models.{name}={model} holds no model; run the job that makes it, or take it off the list")
-        file, asked = folder / f"{name}.jsonl", folder / f"{name}.json"
+        file, asked = f"{name}.jsonl", f"{name}.json"
         digest = {**fingerprint(config, model), "blind": name in config.evaluate.blind, "name": config.data.name}
-        if file.is_file() and asked.is_file() and json.loads(asked.read_text()) == digest:
-            print(f"[evaluate] {name}: answered before, in {file}", flush=True)
+        if exists(files, file) and exists(files, asked) and read_json(files, asked) == digest:
+            print(f"[evaluate] {name}: answered before, in {config.run}/evaluate/{file}", flush=True)
         else:
-            asked.unlink(missing_ok=True)  # killed while writing, the answers must not pass for those of other settings
+            if exists(files, asked):
+                files.delete_file(asked)  # killed while writing, the answers must not pass for those of other settings
             predictions = answer(config, name, model)
-            file.write_text("".join(json.dumps(p) + "\n" for p in predictions))
-            asked.write_text(json.dumps(digest))
-        predictions = [json.loads(line) for line in file.read_text().splitlines()]
+            write_text(files, file, "".join(json.dumps(p) + "\n" for p in predictions))
+            write_json(files, asked, digest)
+        predictions = read_lines(files, file)
         counter_clockwise = config.evaluate.angle_counter_clockwise
         parts = metrics.by_benchmark(predictions)
         scores[name] = metrics.score(predictions, counter_clockwise)
@@ -148,7 +147,7 @@ def evaluate(config: Config) -> dict[str, dict]:
         name: {**score["summary"], "detail": score, "benchmarks": apart[name]} for name, score in scores.items()
     }
     summary["constant_answer"] = chance
-    (Path(config.run) / "metrics.json").write_text(json.dumps(summary, indent=1))
+    write_json(open_folder(config.run), "metrics.json", summary)
     return scores
 
 

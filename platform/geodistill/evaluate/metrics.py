@@ -14,6 +14,7 @@ from pathlib import Path
 from shapely import Polygon
 from shapely.errors import GEOSException
 
+from geodistill.data.files import beside, exists, read_text, write_json
 from geodistill.evaluate import captions
 from geodistill.language import TASK_GROUP, TASKS, Box, box_corners, parse_boxes
 
@@ -287,16 +288,18 @@ def summary_table(scores: dict[str, dict]) -> str:
 COLUMNS = {"benchmark": str, "id": str, "task": str, "category": str, "prediction": str, "references": list}
 
 
-def read_predictions(file: Path) -> tuple[list[dict], list[dict]]:
-    """(predictions, what is set aside: {"line", "field", "reason"}) of a file of JSON lines with the fields of this module.
+def read_predictions(file: str | Path) -> tuple[list[dict], list[dict]]:
+    """(predictions, what is set aside: {"line", "field", "reason"}) of a file of JSON lines with the fields of this module, local
+    or s3://.
 
     `question` and `size_group` may be missing. Raises ValueError, with the remedy, where the file is missing or nothing in it
     can be scored.
     """
-    if not file.is_file():
+    files, name = beside(file)
+    if not exists(files, name):
         raise ValueError(f"predictions={file} does not exist; give a file of JSON lines, one prediction a line")
     try:
-        lines = file.read_text("utf-8-sig").split("\n")  # not splitlines: texts may hold other ends of lines
+        lines = read_text(files, name).removeprefix("\ufeff").split("\n")  # not splitlines: texts may hold other ends of lines
     except UnicodeDecodeError as error:
         raise ValueError(f"predictions={file} is not UTF-8 ({error}); save it as UTF-8") from error
     found, bad = [], []
@@ -334,10 +337,9 @@ def by_benchmark(predictions: list[dict]) -> dict[str, list[dict]]:
     return dict(found)
 
 
-def score_file(file: Path, output: Path, counter_clockwise: bool = True) -> tuple[dict, list[dict]]:
+def score_file(file: str | Path, output: str | Path, counter_clockwise: bool = True) -> tuple[dict, list[dict]]:
     """Score existing predictions, each benchmark by itself: (benchmark -> figures, what is set aside), both in `output`."""
     predictions, bad = read_predictions(file)
     result: dict = {name: score(found, counter_clockwise) for name, found in by_benchmark(predictions).items()}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result | {"set_aside": bad}, indent=1))
+    write_json(*beside(output, create=True), result | {"set_aside": bad})
     return result, bad

@@ -1,15 +1,13 @@
 """report.html of a run: metrics, curves, confusion matrices and drawn samples in one file that needs no network."""
 
-import json
 import random
 from datetime import UTC, datetime
 from html import escape
-from pathlib import Path
 
 from matplotlib import rc_context
 
 from geodistill.config import Config
-from geodistill.data.files import local
+from geodistill.data.files import exists, local, open_folder, read_json, read_lines, write_text
 from geodistill.data.shards import groups, load_manifest, read_group
 from geodistill.evaluate.captions import rouge
 from geodistill.evaluate.compare import intervals_table, measure, paired_table
@@ -176,9 +174,8 @@ def _confusions(scores: dict[str, dict]) -> str:
     return f'<p class="soft">{text}</p><div class="grid" style="--min:{340 if widest <= 16 else 620}px">{"".join(plots)}</div>'
 
 
-def _again(run: Path, scores: dict[str, dict]) -> str:
-    config = next(iter(sorted(run.glob("*.yaml"))), None)
-    command = f"python jobs/evaluate.py --config {config or 'CONFIG'} run={run}"
+def _again(run: str, scores: dict[str, dict]) -> str:
+    command = f"python jobs/evaluate.py --config {run}/config.yaml"
     libraries = {library for s in scores.values() for library in s.get("libraries", {}).values()}
     made = f"Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by geodistill.evaluate.report"
     with_libraries = f", with {', '.join(sorted(libraries))}" if libraries else ""
@@ -186,15 +183,15 @@ def _again(run: Path, scores: dict[str, dict]) -> str:
 
 
 def write_report(
-    run: Path,
+    run: str,
     scores: dict[str, dict],
     histories: dict[str, list[dict]],
     samples: list[dict],
     notes: list[str],
     counter_clockwise: bool = True,
     sections: dict[str, list[Table]] | None = None,
-) -> Path:
-    """Write `run`/report.html and return its path.
+) -> str:
+    """Write `run`/report.html, in a local folder or an s3:// one, and return its address.
 
     scores: model -> `metrics.score`. histories: stage -> metric rows, each with its "step" from the start of the stage.
     samples: {"id", "image" (PNG or JPEG bytes), "question", "truth", "answers": {model: text}}.
@@ -209,10 +206,9 @@ def write_report(
             "Samples": _samples(samples, counter_clockwise) if samples else "",
         }
     parts["Make it again"] = _again(run, scores)
-    html = page(run.resolve().name, "GeoDistill report", notes, parts)
-    path = run / "report.html"
-    path.write_text(html, encoding="utf-8")
-    return path
+    html = page(run.rstrip("/").rpartition("/")[2], "GeoDistill report", notes, parts)
+    write_text(open_folder(run, create=True), "report.html", html)
+    return f"{run}/report.html"
 
 
 STAGES = ("teacher", "baseline", "blind", "distill/warm", "distill")
@@ -220,10 +216,12 @@ STAGES = ("teacher", "baseline", "blind", "distill/warm", "distill")
 
 def answers_of_run(config: Config) -> dict[str, list[dict]]:
     """Model -> its predictions below run/evaluate. Raises ValueError where there are none."""
-    folder = Path(config.run) / "evaluate"
-    found = {name: _predictions(file) for name in config.evaluate.models if (file := folder / f"{name}.jsonl").is_file()}
+    files = open_folder(f"{config.run}/evaluate")
+    found = {name: rows for name in config.evaluate.models if (rows := read_lines(files, f"{name}.jsonl"))}
     if not found:
-        raise ValueError(f"{folder} holds no answers of {', '.join(config.evaluate.models)}; run jobs/evaluate.py first")
+        raise ValueError(
+            f"{config.run}/evaluate holds no answers of {', '.join(config.evaluate.models)}; run jobs/evaluate.py first"
+        )
     return found
 
 
@@ -244,24 +242,17 @@ def comparisons(config: Config, answers: dict[str, list[dict]]) -> dict[str, lis
     return {"The paper's tables": tables(scores, sizes), "How sure": [intervals_table(measured), *tests]}
 
 
-def report_of_run(config: Config, scores: dict[str, dict], sections: dict[str, list[Table]] | None = None) -> Path:
+def report_of_run(config: Config, scores: dict[str, dict], sections: dict[str, list[Table]] | None = None) -> str:
     """The report of what a run folder holds: metrics of its stages, predictions of its models, samples of its test split.
 
     sections: `comparisons`; made where they are not given.
     """
-    run = Path(config.run)
-    files = {stage: run / stage / "metrics.jsonl" for stage in STAGES}
-    histories = {
-        stage: [json.loads(line) for line in file.read_text().splitlines()] for stage, file in files.items() if file.is_file()
-    }
-    answers = {name: _predictions(run / "evaluate" / f"{name}.jsonl") for name in scores}
+    files = open_folder(config.run)
+    histories = {stage: rows for stage in STAGES if (rows := read_lines(files, f"{stage}/metrics.jsonl"))}
+    answers = {name: read_lines(files, f"evaluate/{name}.jsonl") for name in scores}
     sections = sections or comparisons(config, answers)
     samples, counter_clockwise = _drawn(config, answers), config.evaluate.angle_counter_clockwise
-    return write_report(run, scores, histories, samples, _notes(config, scores), counter_clockwise, sections)
-
-
-def _predictions(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return write_report(config.run, scores, histories, samples, _notes(config, scores), counter_clockwise, sections)
 
 
 def _drawn(config: Config, answers: dict[str, list[dict]]) -> list[dict]:
@@ -307,12 +298,12 @@ def _notes(config: Config, scores: dict[str, dict]) -> list[str]:
         f"{' and '.join(distill.train.splits)}).",
     ]
     notes = [
-        *(trained if (Path(config.run) / "distill").is_dir() else []),
+        *(trained if exists(open_folder(config.run), "distill/settings.json") else []),
         f"Test: {config.evaluate.split} split, greedy answers, sign of theta "
         f"{'counter-clockwise' if config.evaluate.angle_counter_clockwise else 'clockwise'} on the screen.",
     ]
     if any(name in config.evaluate.blind for name in scores):
-        chance = json.loads((Path(config.run) / "metrics.json").read_text())["constant_answer"]
+        chance = read_json(open_folder(config.run), "metrics.json")["constant_answer"]
         most = ", ".join(f"{task.replace('_', ' ')} {value:.1f}" for task, value in chance.items())
         blind = ", ".join(n for n in scores if n in config.evaluate.blind)
         notes.append(f"{blind}: trained and tested without the image; always the most frequent answer of a kind gives {most}.")

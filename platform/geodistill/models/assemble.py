@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from geodistill.config import ModelConfig
-from geodistill.data.files import local
+from geodistill.data.files import local, written
 from geodistill.language import BOS, EOS, IMAGE, PAD, chat_template
 from geodistill.models.row_model import is_llava
 from geodistill.models.vision import load_tower, new_tower
@@ -184,7 +184,13 @@ def _quantised(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def save(model, processor, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
-    """Write a folder that plain transformers loads, whole or not at all. `weights`: in place of those of `model`."""
+    """Write a folder, local or s3://, that plain transformers loads; a local one whole or not at all. `weights`: in place of
+    those of `model`."""
+    if "://" in str(folder):
+        with written(folder) as here:
+            model.save_pretrained(here, state_dict=weights)
+            processor.save_pretrained(here)
+        return
     folder = Path(folder)
     partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
     if old.exists() and not folder.exists():  # an earlier save was killed between its two renames

@@ -201,7 +201,7 @@ class Checkpoints:
                 about["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
             if local == here:
                 retried(lambda: fs.copy_files(str(here), f"{part}.safetensors", fs.LocalFileSystem(), self.files))
-        retried(lambda: write_json(self.files, f"{part}.json", about))
+        write_json(self.files, f"{part}.json", about)
         return about["progress"]["last"]
 
     def _known(self) -> tuple[dict[int, list[dict]], list[int], list[str]]:

@@ -4,7 +4,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from geodistill.config import TrainConfig
+from geodistill.data.files import exists, open_folder
 from geodistill.data.rows import padding
 from geodistill.data.stream import MicroBatch, read_split
 from geodistill.distill.step import Experience, Labelled
@@ -47,7 +47,7 @@ def worker(job: dict) -> dict[str, int]:
     batches = run.stream(train.splits, run.config.seed)
     corpus = run.stream(run.config.distill.pretrain_splits, run.config.seed + 10**6) if run.with_pretrain else iter(())
     validation = list(read_split(run.config, "val", run.spec, train.images_per_micro_batch, run.rank, run.world))
-    exported = progress.step > 0 and (Path(run.stage.folder) / "model").exists()
+    exported = progress.step > 0 and exists(open_folder(run.stage.folder), "model/config.json")
     report = Reporter(run.config, run.stage, run.resume, run.rank, run.device)
 
     for step in range(progress.step, train.steps):
@@ -57,6 +57,7 @@ def worker(job: dict) -> dict[str, int]:
         except Stopped:
             if run.checkpoints.newest < step:
                 progress.seconds = report.seconds
+                report.publish()
                 run.checkpoints.save(run.engine, progress, counted)
             break
         except NotFinite:
@@ -78,6 +79,7 @@ def worker(job: dict) -> dict[str, int]:
             progress.best = min(progress.best, progress.last)
         if run.will_lose_a_node() or done % train.checkpoint_every == 0 or last:
             progress.seconds = report.seconds
+            report.publish()
             run.checkpoints.save(run.engine, progress, report.state())
     run.checkpoints.wait()
     report.close()

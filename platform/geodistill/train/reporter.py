@@ -2,6 +2,7 @@
 
 import json
 import resource
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from tensorboardX import SummaryWriter
 from torch import Tensor
 
 from geodistill.config import Config
+from geodistill.data.files import exists, open_folder, read_lines, read_text, upload
 from geodistill.train.checkpoint import Resume
 from geodistill.train.collapse import Watch
 from geodistill.train.stage import Stage
@@ -35,13 +37,18 @@ class Reporter:
         self.gauges: dict[str, Gauge] = {}
         self.last = (start.step, time.time())
         if rank == 0:
-            path = Path(stage.folder) / "metrics.jsonl"
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half a line
-            path.write_text("".join(line for line in whole if json.loads(line)["step"] <= start.step))
-            self.file = path.open("a")
-            self.mlflow = _mlflow(config, stage, start.step)
-            self.board = SummaryWriter(str(Path(stage.folder) / "tensorboard"), purge_step=start.step + 1)
+            self.apart = tempfile.TemporaryDirectory() if "://" in stage.folder else None  # files of a store take no more lines
+            self.folder = Path(self.apart.name if self.apart else stage.folder)
+            self.published = time.time()
+            files = open_folder(stage.folder)
+            rows = [row for row in read_lines(files, "metrics.jsonl") if row["step"] <= start.step]
+            (self.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            for name in ("warnings.jsonl", "mlflow.txt"):
+                if self.apart and exists(files, name):
+                    (self.folder / name).write_text(read_text(files, name))
+            self.file = (self.folder / "metrics.jsonl").open("a")
+            self.mlflow = _mlflow(config, stage, start.step, self.folder / "mlflow.txt")
+            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start.step + 1)
 
     @property
     def seconds(self) -> float:
@@ -110,12 +117,21 @@ class Reporter:
                 if name != "step":
                     self.board.add_scalar(f"{self.stage.name}/{name}", value, row["step"])
             self.board.flush()
+            self.publish(30)
+
+    def publish(self, every: float = 0) -> None:
+        """Send what was written to the stage's folder where that is no local one, if that was not done in the last `every`
+        seconds. Before a checkpoint, so that no line is lacking that comes before it."""
+        if self.rank == 0 and self.apart and time.time() - self.published >= every:
+            upload(self.folder, self.stage.folder)
+            self.published = time.time()
 
     def close(self) -> None:
         """After the last line."""
         if self.rank == 0:
             self.file.close()
             self.board.close()
+            self.publish()
             if self.mlflow:
                 self.mlflow.end_run()
 
@@ -136,21 +152,21 @@ class Reporter:
             return
         shown = samples()
         told = {"step": self.row["step"], "wrong": wrong, "samples": shown}
-        with (Path(self.stage.folder) / "warnings.jsonl").open("a") as file:
+        with (self.folder / "warnings.jsonl").open("a") as file:
             file.write(json.dumps(told, ensure_ascii=False) + "\n")
         lines = [f"[{self.stage.name}] WARNING, step {self.row['step']}: the student may be collapsing: {'; '.join(wrong)}"]
         print("\n".join([*lines, *(f"    {text}" for text in shown)]), flush=True)
 
 
-def _mlflow(config: Config, stage: Stage, step: int):
-    """The module mlflow with a run of this stage open, that of before where it goes on; None where none is asked for."""
+def _mlflow(config: Config, stage: Stage, step: int, note: Path):
+    """The module mlflow with a run of this stage open, that of before (in the file `note`) where it goes on; None where none is
+    asked for."""
     if not config.mlflow:
         return None
     try:
         import mlflow
     except ImportError as error:
         raise ValueError("mlflow=... needs MLflow: pip install 'geodistill[mlflow]', or set mlflow= (empty)") from error
-    note = Path(stage.folder) / "mlflow.txt"
     mlflow.set_tracking_uri(config.mlflow)
     mlflow.set_experiment("geodistill")
     known = note.read_text() if step and note.exists() else None

@@ -3,7 +3,6 @@
 import os
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import nn
 
 from geodistill.config import Config
 from geodistill.data.features import check_features, to_tensor
+from geodistill.data.files import written
 from geodistill.data.rows import Rows
 from geodistill.data.stream import MicroBatch, PackerSpec, new_packer, stream
 from geodistill.distill.step import Distiller, Experience, Labelled, Seen
@@ -103,11 +103,12 @@ class Run:
         if teacher is not None:
             on_device = teacher if config.distill.teacher_bits else teacher.to(self.device)  # bitsandbytes has moved it
             frozen_teacher = row_model(on_device, images, vocabulary=vocabulary).eval().requires_grad_(False)
-        folder = Path(stage.folder) / "tokenizer"
+        folder = f"{stage.folder}/tokenizer"
         if self.rank == 0:
-            tokenizer.save_pretrained(folder)
+            with written(folder) as here_written:
+                tokenizer.save_pretrained(here_written)
         dist.barrier()
-        self._read_images(student, frozen_teacher, str(folder))
+        self._read_images(student, frozen_teacher, folder)
         if frozen_teacher is not None and config.cluster.shard_teacher:
             engine.shard(frozen_teacher, config.cluster)
 
@@ -242,4 +243,4 @@ class Run:
         """Write the student as plain transformers reads it (collective: ZeRO-3 gathers its weights layer by layer)."""
         weights = merged_weights(self.model, engine.whole, keep=self.rank == 0)
         if self.rank == 0:
-            assemble.save(self.model, self.processor, Path(self.stage.folder) / "model", weights)
+            assemble.save(self.model, self.processor, f"{self.stage.folder}/model", weights)

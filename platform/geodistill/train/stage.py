@@ -1,7 +1,6 @@
 """What a job trains: its stages, from the settings alone. Light: Ray's controller reads a Stage without torch."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from geodistill.config import Config, TrainConfig
 
@@ -30,7 +29,7 @@ def checkpoints_of(config: Config, stage: Stage) -> str:
 
 def stages(config: Config, job: str) -> list[Stage]:
     """What a job trains. job: finetune (by config.role) or distill (Table 1: warm start, then the loop)."""
-    run = Path(config.run)
+    run = config.run
     found: list[Stage] = []
     start = ""
     if job == "finetune":
@@ -38,18 +37,18 @@ def stages(config: Config, job: str) -> list[Stage]:
         if role == "teacher":
             teacher = config.teacher
             if teacher.first.steps:
-                found.append(Stage("teacher/first", str(run / "teacher" / "first"), teacher.first, "teacher", "", ""))
-                start = str(run / "teacher" / "first" / "model")
-            return [*found, Stage("teacher", str(run / "teacher"), teacher.train, "teacher", start, "")]
+                found.append(Stage("teacher/first", f"{run}/teacher/first", teacher.first, "teacher", "", ""))
+                start = f"{run}/teacher/first/model"
+            return [*found, Stage("teacher", f"{run}/teacher", teacher.train, "teacher", start, "")]
         train = config.student.train
         if role == "blind":
             train = replace(train, blind=True, steps=config.student.blind_steps or train.steps)
         name = "baseline" if role == "student" else "blind"
-        return [Stage(name, str(run / name), train, "student", "", "")]
+        return [Stage(name, f"{run}/{name}", train, "student", "", "")]
     distill = config.distill
     if distill.warm_start.steps:
-        folder = run / "distill" / "warm"
-        found.append(Stage("distill/warm", str(folder), distill.warm_start, "student", "", distill.teacher))
-        start = str(folder / "model")
-    found.append(Stage("distill", str(run / "distill"), distill.train, "student", start, distill.teacher))
+        folder = f"{run}/distill/warm"
+        found.append(Stage("distill/warm", folder, distill.warm_start, "student", "", distill.teacher))
+        start = f"{folder}/model"
+    found.append(Stage("distill", f"{run}/distill", distill.train, "student", start, distill.teacher))
     return found

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
+from pyarrow.fs import FileType
 from ray.autoscaler.sdk import request_resources
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchTrainer
@@ -20,8 +21,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from geodistill.cli import JobFailed, JobStopped
 from geodistill.cluster import answering, can_have
-from geodistill.config import ClusterConfig, Config, ModelConfig, TrainConfig, save
+from geodistill.config import ClusterConfig, Config, ModelConfig, TrainConfig, as_yaml
 from geodistill.data.features import load_features
+from geodistill.data.files import exists, located, open_folder, read_json, write_json, write_text
 from geodistill.data.shards import load_manifest
 from geodistill.models import assemble
 from geodistill.models.pair import check_stage_pair
@@ -70,7 +72,7 @@ def _flatten(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
-def _need_same(folder: Path, was: str, old: dict, new: dict, free: tuple[str, ...] = ()) -> None:
+def _need_same(folder: str, was: str, old: dict, new: dict, free: tuple[str, ...] = ()) -> None:
     before, now = _flatten(old), _flatten(new)
     # keys that an earlier version did not know say nothing where they are at their default
     defaults = {f"train.{k}": v for k, v in _flatten(asdict(TrainConfig())).items()}
@@ -82,17 +84,17 @@ def _need_same(folder: Path, was: str, old: dict, new: dict, free: tuple[str, ..
         raise ValueError(f"{folder} was {was} with other settings ({shown}); choose another run=FOLDER, or delete that folder")
 
 
-def is_finished(folder: Path, settings: dict) -> bool:
+def is_finished(folder: str, settings: dict) -> bool:
     """Whether `folder` holds a finished stage of the same settings.
 
     Raises ValueError, with the remedy, if it was finished, or begun, with other ones.
     """
-    done, begun = folder / "done.json", folder / "settings.json"
-    if done.is_file():
-        _need_same(folder, "finished", json.loads(done.read_text())["settings"], settings)
+    files = open_folder(folder)
+    if exists(files, "done.json"):
+        _need_same(folder, "finished", read_json(files, "done.json")["settings"], settings)
         return True
-    if begun.is_file() and (folder / "ray").exists():
-        _need_same(folder, "begun", json.loads(begun.read_text()), settings, REMEDIES)
+    if exists(files, "settings.json") and files.get_file_info("ray").type == FileType.Directory:
+        _need_same(folder, "begun", read_json(files, "settings.json"), settings, REMEDIES)
     return False
 
 
@@ -189,17 +191,16 @@ def fit(config: Config, stage: Stage, work: Callable[[dict], dict] | None = None
     report at each validation. Raises ValueError for what the user can mend, TrainingFailed for what broke on the way, JobStopped
     after SIGTERM.
     """
-    folder = Path(stage.folder)
     config = replace(config, data=replace(config.data, shards=stage.train.shards or config.data.shards))
     check_stage(config, stage)
     settings = settings_of(config, stage)
-    if is_finished(folder, settings):
-        print(f"[{stage.name}] finished before, in {folder}", flush=True)
+    if is_finished(stage.folder, settings):
+        print(f"[{stage.name}] finished before, in {stage.folder}", flush=True)
         return
     workers = check_resources(config, stage.train)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "settings.json").write_text(json.dumps(settings, indent=1))
-    save(config, folder / "config.yaml")
+    files = open_folder(stage.folder, create=True)
+    write_json(files, "settings.json", settings)
+    write_text(files, "config.yaml", as_yaml(config))
     where = checkpoints_of(config, stage)
     kept = {k: v for k, v in _flatten(settings).items() if k not in REMEDIES}
     identity = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
@@ -229,8 +230,8 @@ def fit(config: Config, stage: Stage, work: Callable[[dict], dict] | None = None
     if step < stage.train.steps:
         raise JobStopped(f"[{stage.name}] stopped at step {step} of {stage.train.steps}; run the same command again to go on")
     seconds = time.time() - began
-    (folder / "done.json").write_text(json.dumps({"seconds": seconds, "settings": settings}, indent=1))
-    print(f"[{stage.name}] done in {seconds:.0f} s: {folder}/model", flush=True)
+    write_json(files, "done.json", {"seconds": seconds, "settings": settings})
+    print(f"[{stage.name}] done in {seconds:.0f} s: {stage.folder}/model", flush=True)
 
 
 def _worker(job: dict) -> dict:
@@ -245,6 +246,7 @@ def _attempt(config: Config, stage: Stage, identity: str, workers: int, work: Ca
     config = replace(config, cluster=replace(cluster, workers=workers))
     # the reference is in a list, or Ray would wait for it before the workers start
     job = {"config": config, "stage": stage, "identity": identity, "notice": [notice.wait.remote()]}
+    files, path = located(stage.folder)
     trainer = TorchTrainer(
         cast(Callable, work),
         train_loop_config=job,
@@ -255,7 +257,8 @@ def _attempt(config: Config, stage: Stage, identity: str, workers: int, work: Ca
         ),
         run_config=RunConfig(
             name="ray",
-            storage_path=stage.folder,
+            storage_path=path,
+            storage_filesystem=files,
             callbacks=list(callbacks),
             # `fit` begins again itself, perhaps with fewer
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),  # type: ignore[call-arg]
