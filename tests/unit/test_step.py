@@ -107,7 +107,7 @@ def test_a_teacher_without_a_share_reads_all_responses_at_once(pair, make_distil
 
 @pytest.mark.parametrize("method", ["distill", "kd", "sft"])
 def test_chunks_of_the_loss_change_nothing(method, pair, make_packer, questions, pixels, forbidden, end):
-    """Also with more of them than tokens; whether the terms of the rollout are taken as the first pass's, or not. In float64, where
+    """Also with more of them than tokens, and whether or not the rollout's terms are taken for the first pass. In float64, where
     the order of a sum does not show; what a rollout knows is in float32."""
     teacher, student = (copy.deepcopy(model).double() for model in pair[:2])
     packer, pixels = make_packer(5), pixels.double()
