@@ -185,6 +185,30 @@ def test_submitted_jobs(cluster, tmp_path):
         assert not [name for name, text in {"said": told, "run": written, **cluster.logs()}.items() if secret in text]
 
 
+@pytest.mark.long
+def test_a_job_runs_with_the_library_installed_as_a_package(cluster, tmp_path):
+    """Nothing but jobs/ and configs/ travels; the library is what `pip install` makes of the project, on every node."""
+    cluster.node(2)
+    source, site, app = (tmp_path / name for name in ("source", "site", "app"))
+    for name in ("platform", "serving"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(site)]
+    subprocess.run([*pip, str(source)], check=True, timeout=120)
+    assert (site / "geodistill/config.py").is_file() and (site / "serving/web/page.js").is_file()
+    for name in ("jobs", "configs"):
+        shutil.copytree(ROOT / name, app / name)
+    variables = yaml.safe_load((ROOT / "runtime-env.yaml").read_text())["env_vars"] | {"PYTHONPATH": str(site)}
+    submit = ["job", "submit", "--address", cluster.address, "--working-dir", str(app)]
+    where = "import geodistill, sys, runpy; print(geodistill.__file__); del sys.argv[0]; "
+    where += "runpy.run_path(sys.argv[0], None, '__main__')"
+    command = ["python", "-c", where, "jobs/prepare.py", "--config", "configs/demo.yaml", f"run={tmp_path}/run", *TINY]
+    done = cluster.ray(*submit, "--runtime-env-json", json.dumps({"env_vars": variables}), "--", *command)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert f"{site}/geodistill/__init__.py" in done.stdout and (tmp_path / "run/data/manifest.json").is_file()
+
+
 def test_a_job_without_the_token_is_refused(cluster, tmp_path):
     command = cluster.command("prepare", f"run={tmp_path}/run")
     without = cluster.ray(*command, RAY_AUTH_MODE="disabled", RAY_AUTH_TOKEN="", HOME=str(tmp_path))
@@ -251,7 +275,7 @@ def test_the_whole_way_on_three_nodes_that_share_a_store_alone(cluster, tmp_path
     finishes("sweep", "sweep.space={distill.loss.alpha: 0 | 0.5}", "sweep.scheduler=none", "cluster.workers=1")
     assert exists(files, "sweep/best/model/model.safetensors") and exists(files, "sweep/sweep.png")
     assert len(read_json(files, "sweep/sweep.json")["trials"]) == 2
-    models = "evaluate.models={teacher: ${run}/teacher/model, distilled: ${run}/distill/model}"
+    models = "evaluate.models={teacher: s3://bucket/three/teacher/model, distilled: s3://bucket/three/distill/model}"
     assert "distilled" in finishes("evaluate", models, "evaluate.blind=[]")
     assert len(read_text(files, "report.html")) > 50_000
     assert "mean" in read_json(files, "metrics.json")["distilled"]

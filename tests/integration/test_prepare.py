@@ -128,11 +128,11 @@ def test_s3_for_input_and_output(s3, tmp_path):
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("train", "held_out", "per_shard"), [(576, 32, 16), pytest.param(9000, 500, 256, marks=pytest.mark.long)]
+    ("train", "held_out", "per_shard"), [(192, 32, 16), pytest.param(9000, 500, 256, marks=pytest.mark.long)]
 )
 def test_thousands_of_images_killed_half_way(tmp_path, train, held_out, per_shard):
     """SIGKILL when half of the shards are there; the same command goes on and ends with the checksums of an unbroken run."""
-    images = train + 2 * held_out
+    images, shards = train + 2 * held_out, -(-train // per_shard) + 2 * -(-held_out // per_shard)
     sizes = f"train: {train}, val: {held_out}, test: {held_out}, images_per_shard: {per_shard}, vocabulary: 1024"
     (tmp_path / "c.yaml").write_text(f"data: {{{sizes}}}\n")
 
@@ -143,16 +143,16 @@ def test_thousands_of_images_killed_half_way(tmp_path, train, held_out, per_shar
     assert f"{images} images in" in said, said
     killed = run("killed")
     folder = tmp_path / "killed" / "data"
-    while len(list(folder.glob("*.json"))) < 20 and killed.poll() is None:
+    while len(list(folder.glob("*.json"))) < shards // 2 and killed.poll() is None:
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
     killed.wait(timeout=30)
-    assert not (folder / "manifest.json").exists() and len(list(folder.glob("*.json"))) < 40
+    assert not (folder / "manifest.json").exists() and len(list(folder.glob("*.json"))) < shards
     with pytest.raises(ValueError, match=r"manifest.json does not exist: run jobs/prepare.py"):
         load_manifest(folder)
     said, _ = run("killed").communicate(timeout=250)
-    assert said.count("kept from an earlier run") >= 18, said
+    assert said.count("kept from an earlier run") >= shards // 2 - 2, said
     whole, resumed = load_manifest(tmp_path / "whole" / "data"), load_manifest(folder)
-    assert sums(resumed) == sums(whole) and len(sums(whole)) == 40
+    assert sums(resumed) == sums(whole) and len(sums(whole)) == shards
     assert sum(part["images"] for part in resumed["splits"].values()) == images
     assert not list(folder.glob("*.tmp"))

@@ -13,6 +13,7 @@ from tiny import history, same, settings, train
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("workers", "stage"), [(2, 2)])
 def test_workers_and_zero_stages_learn_the_same(first, workers, stage):
     """Same global batch, same losses, gradient norms and weights as one worker with ZeRO 1 and accumulation."""
