@@ -1,6 +1,7 @@
 """S3, a real server on this machine, of which every fifth request fails: what is written is read again, whole."""
 
 import copy
+import os
 import random
 import time
 
@@ -71,7 +72,8 @@ def test_checkpoints_on_s3(failing, alone):
 
 
 def test_a_model_on_s3_is_copied_once_for_a_node(port, student, processor, tmp_path, monkeypatch):
-    """Of a pair that is only checked no weights are copied; a model that was written anew is copied anew."""
+    """Of a pair that is only checked no weights are copied; a model that was written anew is copied anew, and copies of
+    yesterday go."""
     monkeypatch.setenv("GEODISTILL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fs, "copy_files", counted := Counted(fs.copy_files))
     folder, student = tmp_path / "student", copy.deepcopy(student)
@@ -91,6 +93,10 @@ def test_a_model_on_s3_is_copied_once_for_a_node(port, student, processor, tmp_p
             counted.files.clear()
             assert assemble.weights_digest("s3://bucket/models/student") == assemble.weights_digest(folder)
             assert not counted.files
+            copies = [one for one in (tmp_path / "cache").glob("*/*") if one.is_dir()]
+            assert len(copies) == 2  # with weights and without
+            for one in copies:
+                os.utime(one, (0, 0))
         with pytest.raises(ValueError, match="s3://bucket/models/none holds no model"):
             assemble.load("s3://bucket/models/none")
     open_folder.__globals__["_remote"].cache_clear()

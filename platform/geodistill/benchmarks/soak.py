@@ -1,10 +1,12 @@
 """A long distillation with a fault every few minutes, against the same one without: `python jobs/benchmark.py soak [MINUTES]`.
 
 Both make the same steps of distill.train; in the first a worker or a process that decodes is killed, in turn, every PAUSE
-seconds. Memory is that of this process and of all processes of Ray, files that they have mapped left out; and of it that of the
-trainers.
+seconds. Memory is that of this process and of all processes of Ray, files that they have mapped left out, in all and by kind of
+process.
 """
 
+import os
+import re
 import shutil
 import threading
 import time
@@ -28,8 +30,8 @@ VICTIMS = ("ray::RayTrainWorker", "ray::MapBatches")
 
 
 def measure_soak(config: Config, minutes: str = "20") -> dict:
-    """{"seconds": [with faults, without], "steps", "made": steps that were made, "killed": by kind, "memory", "trainers": MiB by
-    quarter of the time, "difference", "same"}. minutes: what the run without faults shall take, about."""
+    """{"seconds": [with faults, without], "steps", "made": steps that were made, "killed": by kind, "memory": for both runs what
+    each kind of process has in every quarter of the time, MiB, "difference", "same"}. minutes: of the run without faults, about."""
     loop = ready(config)
     config = changed(config, ["cluster.workers=2", "cluster.threads_per_worker=1", "cluster.window=4", "cluster.max_failures=10"])
     folder = Path(config.run) / "benchmark/soak"
@@ -45,31 +47,43 @@ def measure_soak(config: Config, minutes: str = "20") -> dict:
         train = replace(stage.train, steps=steps, checkpoint_every=max(1, round(20 * rate)), log_every=20, validate_every=steps)
         stages.append(replace(stage, train=train))
     start = time.time()
-    killed, memory, trainers = soaked(config, stages[0])
-
-    def quarters(values: list[float]) -> list[float]:
-        return [median(values[i * len(values) // 4 : (i + 1) * len(values) // 4]) / 2**20 for i in range(4)]
-
+    killed, *memory = soaked(config, stages[0], PAUSE)
     between = time.time()
-    fit(config, stages[1], faulty("none"))
+    _, *without = soaked(config, stages[1], float("inf"))
     return {
         "seconds": [between - start, time.time() - between],
         "steps": steps,
         "made": len(trace(Path(stages[0].folder))),
         "killed": killed,
-        "memory": quarters(memory),
-        "trainers": quarters(trainers),
+        "memory": [quarters(*memory), quarters(*without)],
     } | ending(Path(stages[1].folder), Path(stages[0].folder))
 
 
-def soaked(config: Config, stage: Stage) -> tuple[dict[str, int], list[float], list[float]]:
-    """Run `stage` under faults: (how many of each kind were killed, bytes of memory every few seconds, those of the trainers)."""
+def quarters(looks: list[dict[str, float]]) -> dict[str, list[float]]:
+    """Of every kind of process, and "all", the median memory in each quarter of the looks; 0 where it was not there."""
+    kinds = sorted({kind for look in looks for kind in look})
+    parts = [looks[i * len(looks) // 4 : (i + 1) * len(looks) // 4] for i in range(4)]
+    found = {kind: [median(look.get(kind, 0) for look in part) for part in parts] for kind in kinds}
+    return {"all": [median(sum(look.values()) for look in part) for part in parts], **found}
+
+
+def kind_of(process: psutil.Process) -> str:
+    """What a process is for, such as "ray::RayTrainWorker", "raylet", "gcs_server" or "driver"."""
+    if process.pid == os.getpid():
+        return "driver"
+    name = process.cmdline()[0]
+    return re.split(r"[.(\[ ]", name if name.startswith("ray::") else Path(name).name)[0]
+
+
+def soaked(config: Config, stage: Stage, pause: float) -> tuple[dict[str, int], list[dict[str, float]]]:
+    """Run `stage`, with a fault every `pause` seconds: (how many of each kind were killed, MiB of each kind of process every few
+    seconds)."""
     done, killed = threading.Event(), dict.fromkeys(VICTIMS, 0)
-    memory, trainers = list[float](), list[float]()
+    looks = list[dict[str, float]]()
 
     def attack() -> None:
         turn = 0
-        while not done.wait(PAUSE):
+        while not done.wait(None if pause == float("inf") else pause):
             title = VICTIMS[turn % 2]
             until = time.time() + PAUSE / 2
             while time.time() < until and not done.is_set():  # a decoding process lives for moments
@@ -82,18 +96,14 @@ def soaked(config: Config, stage: Stage) -> tuple[dict[str, int], list[float], l
     def look() -> None:
         parent = raylet()
         while not done.wait(EVERY):
-            total = train = 0
+            seen = dict[str, float]()
             for process in (psutil.Process(), parent, *parent.children(recursive=True)):
                 try:
-                    info = process.memory_info()
-                    total += info.rss - info.shared
-                    if process.cmdline()[0].startswith(VICTIMS[0]):
-                        train += info.rss - info.shared
+                    info, kind = process.memory_info(), kind_of(process)
+                    seen[kind] = seen.get(kind, 0) + (info.rss - info.shared) / 2**20
                 except (psutil.Error, IndexError):
                     continue
-            memory.append(total)
-            if train:  # none while they start
-                trainers.append(train)
+            looks.append(seen)
 
     threads = [threading.Thread(target=work) for work in (attack, look)]
     for thread in threads:
@@ -104,16 +114,16 @@ def soaked(config: Config, stage: Stage) -> tuple[dict[str, int], list[float], l
         done.set()
         for thread in threads:
             thread.join()
-    return killed, memory, trainers
+    return killed, looks
 
 
 def soak_table(found: dict) -> str:
     """The table that is printed."""
-    quarters = [f"{value:.0f}" for value in found["memory"] + found["trainers"]]
+    shares = [[f"{value:.0f}" for kind in ("all", VICTIMS[0]) for value in memory[kind]] for memory in found["memory"]]
     result = "the same" if found["same"] and found["difference"] == 0 else f"differs by {found['difference']:.1e}"
     rows = [
-        ["with faults", f"{found['seconds'][0]:.0f}", str(found["made"]), *quarters, result],
-        ["without", f"{found['seconds'][1]:.0f}", str(found["steps"]), *["-"] * 8, ""],
+        ["with faults", f"{found['seconds'][0]:.0f}", str(found["made"]), *shares[0], result],
+        ["without", f"{found['seconds'][1]:.0f}", str(found["steps"]), *shares[1], ""],
     ]
     places = [(kind, str(i + 1)) for kind in ("MiB in quarter", "of it trainers") for i in range(4)]
     columns = [("", "s"), ("", "steps made"), *places, ("", "weights and figures")]

@@ -184,14 +184,18 @@ def replace_folder(source: str, destination: str) -> None:
     if files.get_file_info(there).type == fs.FileType.Directory:
         files.delete_dir(there)
     files.create_dir(there, recursive=True)
-    fs.copy_files(located(source)[1], there, source_filesystem=files, destination_filesystem=files)
+    retried(lambda: fs.copy_files(located(source)[1], there, source_filesystem=files, destination_filesystem=files))
 
 
 def lock(name: str) -> FileLock:
     """A lock among the processes of this node."""
     cache = _cache()
     cache.mkdir(parents=True, exist_ok=True)
-    return FileLock(cache / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.lock")
+    return FileLock(cache / f"{_digest(name)}.lock")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def _cache() -> Path:
@@ -200,18 +204,23 @@ def _cache() -> Path:
 
 def local(folder: str | Path, weights: bool = True) -> Path:
     """A local folder with the files that lie in `folder`: that folder itself where it is local; else a copy, made once for all
-    processes of a node (below ~/.cache/geodistill, or GEODISTILL_CACHE) and anew where files there have changed. weights=False:
-    without *.safetensors. Empty where there is nothing. Raises ValueError, OSError where the store cannot be read."""
+    processes of a node (below ~/.cache/geodistill, or GEODISTILL_CACHE) and anew where files there have changed; older ones go
+    after a day. weights=False: without *.safetensors. Empty where there is nothing. Raises ValueError, OSError where the store
+    cannot be read."""
     if "://" not in str(folder):
         return Path(folder)
     there = open_folder(folder)
     listed = retried(lambda: there.get_file_info(fs.FileSelector("", allow_not_found=True)))
     found = sorted((one.path, one.size, one.mtime_ns) for one in listed if one.is_file)
     wanted = [one for one in found if weights or not one[0].endswith(".safetensors")]
-    digest = hashlib.sha256(json.dumps([str(folder), wanted]).encode()).hexdigest()[:24]
-    copy, part = _cache() / digest, _cache() / f"{digest}.part"
-    with lock(digest):
+    copies = _cache() / _digest(str(folder))
+    copy, part = copies / _digest(json.dumps(wanted)), copies / "part"
+    with lock(str(folder)):
         if not copy.is_dir():
+            copies.mkdir(exist_ok=True)
+            for old in copies.iterdir():  # who has one open keeps it
+                if time.time() - old.stat().st_mtime > 86_400:
+                    shutil.rmtree(old)
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
             for name, *_ in wanted:
