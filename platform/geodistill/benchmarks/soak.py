@@ -31,7 +31,7 @@ VICTIMS = ("ray::RayTrainWorker", "ray::MapBatches")
 
 def measure_soak(config: Config, minutes: str = "20") -> dict:
     """{"seconds": [with faults, without], "steps", "made": steps that were made, "killed": by kind, "memory": for both runs what
-    each kind of process has in every quarter of the time, MiB, "difference", "same"}. minutes: of the run without faults, about."""
+    each kind of process has in every quarter of the time, MiB, "difference", "same"}. minutes: of the run without faults."""
     loop = ready(config)
     config = changed(config, ["cluster.workers=2", "cluster.threads_per_worker=1", "cluster.window=4", "cluster.max_failures=10"])
     folder = Path(config.run) / "benchmark/soak"
