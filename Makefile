@@ -1,4 +1,4 @@
-# make demo          the whole way on generated scenes, 12 minutes on two cores
+# make demo          the whole way on generated scenes, 12 to 18 minutes on two cores
 # make demo-seeds    the same comparison over three seeds          make demo-teacher   make the shipped teacher again
 # make serve         the demo's student and teacher, with a page at http://127.0.0.1:8000
 # make earthgpt      EarthGPT's tower and its two stages           make towers         the same with CLIP's tower, compared

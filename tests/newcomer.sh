@@ -6,7 +6,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 user=newcomer$$
 useradd --create-home "$user"
 home=$(getent passwd "$user" | cut -d: -f6)
-trap 'kill -KILL $(ps --no-headers -o pid -u "$user") 2>/dev/null || true; userdel --remove "$user" 2>/dev/null || true' EXIT
+trap 'kill -KILL $(ps --no-headers -o pid -u "$user") 2>/dev/null || true; sleep 2; userdel --remove "$user" 2>/dev/null || true' EXIT
 git clone --quiet "$root" "$home/geodistill"
 chown --recursive "$user" "$home/geodistill"
 
@@ -14,8 +14,8 @@ chown --recursive "$user" "$home/geodistill"
 walk() {
     local start=$SECONDS
     echo "\$ $1"
-    env --ignore-environment HOME="$home" USER="$user" PATH=/usr/local/bin:/usr/bin:/bin LANG=C.UTF-8 \
-        runuser --user "$user" -- bash -euo pipefail -c "cd ~/geodistill; $1"
+    runuser --user "$user" -- env --ignore-environment HOME="$home" USER="$user" PATH=/usr/local/bin:/usr/bin:/bin LANG=C.UTF-8 \
+        bash -euo pipefail -c "cd ~/geodistill; $1"
     echo "== $((SECONDS - start)) s"
 }
 
@@ -31,10 +31,10 @@ for _ in $(seq 120); do curl --silent --fail http://127.0.0.1:8000/ready && brea
 curl --silent --fail http://127.0.0.1:8000/ | grep --quiet "<title>"
 curl --silent --fail http://127.0.0.1:8000/v1/models
 image=$(curl --silent http://127.0.0.1:8000/samples | .venv/bin/python -c "import json, sys; print(json.load(sys.stdin)[0][\"url\"])")
-text="{\"type\": \"text\", \"text\": \"What is the class of this scene?\"}"
+text="{\"type\": \"text\", \"text\": \"What is the class of this scene? Answer the question using a single word or phrase.\"}"
 case $image in data:*) ;; *) image="data:image/png;base64,$(curl --silent "http://127.0.0.1:8000/$image" | base64 --wrap=0)";; esac
 picture="{\"type\": \"image_url\", \"image_url\": {\"url\": \"$image\"}}"
 echo "{\"model\": \"student\", \"messages\": [{\"role\": \"user\", \"content\": [$picture, $text]}]}" > question.json
 curl --silent --fail --header "Content-Type: application/json" --data @question.json http://127.0.0.1:8000/v1/chat/completions
-kill -INT $served; wait $served || true'
+kill -TERM $served; wait $served || true'
 echo "the newcomer has arrived after $((SECONDS / 60)) minutes"

@@ -1,9 +1,13 @@
 """S3, a real server on this machine, of which every fifth request fails: what is written is read again, whole."""
 
 import copy
+import json
 import os
 import random
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -13,12 +17,13 @@ from torch import nn
 
 from geodistill.benchmarks import storage
 from geodistill.config import ClusterConfig, TrainConfig
-from geodistill.data.files import open_folder, read_json, retried, upload, write_json
+from geodistill.data.files import exists, open_folder, read_json, retried, upload, write_json, write_text
 from geodistill.models import assemble
 from geodistill.models.pair import vocabulary_of
 from geodistill.train import engine
 from geodistill.train.checkpoint import Checkpoints, Progress, newest_step
 
+ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.timeout(300),
@@ -99,6 +104,32 @@ def test_a_model_on_s3_is_copied_once_for_a_node(port, student, processor, tmp_p
                 os.utime(one, (0, 0))
         with pytest.raises(ValueError, match="s3://bucket/models/none holds no model"):
             assemble.load("s3://bucket/models/none")
+    open_folder.__globals__["_remote"].cache_clear()
+
+
+def test_jobs_without_ray_read_and_write_s3(port, student, processor, tmp_path):
+    """convert.py from one folder of a store to another, and evaluate.py on a file of predictions."""
+    assemble.save(student, processor, tmp_path / "student")
+    line = {"benchmark": "mine", "id": "1", "task": "vqa", "category": "presence", "prediction": "yes", "references": ["yes"]}
+
+    def run(job: str, *words: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, f"jobs/{job}.py", *words]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+    with storage.reached_at(port):
+        open_folder.__globals__["_remote"].cache_clear()
+        files = open_folder("s3://bucket/jobs", create=True)
+        upload(tmp_path / "student", "s3://bucket/jobs/source")
+        convert = ["source=s3://bucket/jobs/source", "output=s3://bucket/jobs/made", "dtype=fp32"]
+        done = run("convert", *convert)
+        assert done.returncode == 0, done.stderr
+        assert exists(files, "made/model.safetensors") and exists(files, "made/convert.json")
+        again = run("convert", *convert)
+        assert again.returncode == 1 and "is there already" in again.stderr
+        write_text(files, "answers.jsonl", json.dumps(line) + "\n")
+        scored = run("evaluate", "predictions=s3://bucket/jobs/answers.jsonl", "output=s3://bucket/jobs/scores.json")
+        assert scored.returncode == 0, scored.stderr
+        assert read_json(files, "scores.json")["mine"]["summary"]["vqa"] == 100
     open_folder.__globals__["_remote"].cache_clear()
 
 

@@ -68,3 +68,19 @@ def test_what_is_tried_again(monkeypatch, error, times):
         files.retried(work, attempts=3)
     assert len(tried) == times and slept == [1.0, 2.0][: times - 1]
     assert files.retried(lambda: 5) == 5
+
+
+def test_lines_that_are_whole_are_read(tmp_path):
+    folder = files.open_folder(tmp_path)
+    assert files.read_lines(folder, "rows.jsonl") == []
+    (tmp_path / "rows.jsonl").write_text('{"step": 1}\n{"step": 2, "text": "a\u2028b"}\n{"ste')
+    assert files.read_lines(folder, "rows.jsonl") == [{"step": 1}, {"step": 2, "text": "a\u2028b"}]
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path):
+    for name, file in (("one", "model.json"), ("two", "old.json")):
+        with files.written(tmp_path / name) as here:
+            (here / file).write_text(name)
+    files.replace_folder(f"{tmp_path}/one", f"{tmp_path}/two")
+    assert [file.name for file in (tmp_path / "two").iterdir()] == ["model.json"]
+    assert files.read_text(*files.beside(tmp_path / "two/model.json")) == "one"
