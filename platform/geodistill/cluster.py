@@ -2,12 +2,13 @@
 
 import os
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import ray
-from ray._private.state import state
+from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from geodistill.cli import JobFailed
@@ -24,6 +25,9 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+
+
+_started = False  # by `connect`, in this process
 
 
 def free_port() -> int:
@@ -56,6 +60,8 @@ def connect() -> None:
                     f"no Ray answers at RAY_ADDRESS={address}: start it, correct the address, or set RAY_ADDRESS=local for a "
                     f"Ray of this job's own ({error})"
                 ) from error
+    global _started
+    _started = True
     os.environ.pop("RAY_ADDRESS", None)
     port = free_port()
     # Ray Train frees the workers of a finished run through the dashboard's API: without it, or with another cluster's, they
@@ -101,7 +107,21 @@ def answering(seconds: float = 20.0) -> dict[str, float]:
     return found
 
 
-def can_have() -> dict[str, float]:
-    """Resources of the cluster, with those of the nodes that its autoscaler may start."""
-    now, most = ray.cluster_resources(), state.get_max_resources_from_cluster_config() or {}
-    return {name: max(now.get(name, 0.0), float(most.get(name, 0.0))) for name in now | most}
+def can_grow() -> bool:
+    """May nodes join this Ray? Not one that `connect` has started here. Of others Ray does not tell whether they have an
+    autoscaler, or somebody who starts nodes."""
+    return not _started
+
+
+def wait_for(fits: Callable[[dict[str, float]], int], bundles: list[dict[str, float]], seconds: float) -> int:
+    """What `fits` makes of the resources of the nodes that answer, once that is not 0; 0 after `seconds`. Until then an
+    autoscaler is asked for `bundles`."""
+    until, asked = time.time() + seconds, False
+    while not (found := fits(answering())) and time.time() < until:
+        if not asked:
+            request_resources(bundles=bundles)
+            asked = True
+        time.sleep(1)
+    if asked:
+        request_resources(bundles=[])
+    return found

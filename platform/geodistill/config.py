@@ -233,7 +233,7 @@ class ClusterConfig:
     workers: int = option(1, "Ray Train workers", "processes")
     min_workers: int = option(0, "go on with so many workers at least where a node is lost; 0: wait for all", "processes")
     max_failures: int = option(3, "failures in a row, without a new checkpoint between them, after which a stage is given up")
-    wait: float = option(600.0, "how long to wait for workers after a failure", "s")
+    wait: float = option(600.0, "how long to wait for nodes that join a cluster: at the start, and after a failure", "s")
     cpus_per_worker: float = option(1.0, "logical CPUs that Ray reserves per worker", "CPUs")
     threads_per_worker: int = option(0, "torch threads per worker; 0: all cores / workers", "threads")
     use_gpu: bool = option(False, "one GPU per worker")

@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import ray
 from matplotlib.figure import Figure
 from pyarrow.fs import FileType
 from ray import tune
@@ -20,7 +21,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, Searcher
 
-from geodistill.cluster import can_have
+from geodistill.cluster import can_grow, wait_for
 from geodistill.config import Config, ConfigError, as_yaml, changed, search_space
 from geodistill.data.files import (
     exists,
@@ -37,7 +38,7 @@ from geodistill.data.files import (
 from geodistill.evaluate.plots import heat_map, parallel_coordinates
 from geodistill.evaluate.tables import Table
 from geodistill.train.stage import Stage, stages
-from geodistill.train.trainer import fit, settings_of
+from geodistill.train.trainer import fit, resources_of_worker, settings_of
 
 JOURNAL = "decisions.jsonl"
 STEP = "step"  # the measure of time that trials report
@@ -164,12 +165,17 @@ def sweep(config: Config) -> dict:
     if begun and read_text(files, "config.yaml") != asked:
         raise ValueError(f"{folder}/config.yaml and these settings differ; give the command of then, with resume=true")
     write_text(files, "config.yaml", asked)
-    parallel = at_once(config, can_have())
+    cluster = config.cluster
+    parallel = at_once(config, ray.cluster_resources())
     if parallel < 1:
-        need = config.cluster.workers * config.cluster.cpus_per_worker + 0.5
-        raise ValueError(
-            f"a trial needs {need:g} CPUs (or as many GPUs as workers), and this Ray has fewer: lower cluster.workers"
-        )
+        need = f"a trial needs {cluster.workers * cluster.cpus_per_worker + 0.5:g} CPUs (or as many GPUs as workers)"
+        lacks = f"{need}, and this Ray has fewer: lower cluster.workers"
+        if can_grow():
+            print(f"[sweep] {lacks}; until then it waits, up to {cluster.wait:.0f} s, for nodes that join", flush=True)
+            bundles = [resources_of_worker(cluster)] * cluster.workers
+            parallel = wait_for(lambda have: max(0, at_once(config, have)), bundles, cluster.wait)
+        if parallel < 1:
+            raise ValueError(lacks)
     search, space, samples = searcher(config, parallel)
     loop = config.distill.train
     asha = None

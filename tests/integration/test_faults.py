@@ -8,9 +8,9 @@ import pytest
 import ray
 from tiny import history, same, settings
 
+from geodistill import cluster
 from geodistill.benchmarks import faults
 from geodistill.cli import JobStopped
-from geodistill.train import trainer
 from geodistill.train.stage import Stage, stages
 from geodistill.train.trainer import fit
 
@@ -124,7 +124,7 @@ def test_a_lost_worker_is_made_up_for_by_fewer(first, loop):
         return loop.worker(job)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "answering", lambda: {"CPU": need + 0.5})
+        patch.setattr(cluster, "answering", lambda: {"CPU": need + 0.5})
         fit(of(first, "cluster.workers=2", "cluster.min_workers=1", f"cluster.cpus_per_worker={need}"), stage, work)
     assert json.loads((Path(stage.folder) / "done.json").read_text())["settings"]
     assert [row["step"] for row in history(Path(stage.folder)) if "loss" in row] == [1, 2, 3]

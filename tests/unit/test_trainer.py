@@ -1,8 +1,8 @@
 """Before a worker starts: pairs and data that cannot work are refused; stages, skip and learning rate."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import ray
@@ -11,6 +11,7 @@ from geodistill import cluster
 from geodistill.config import ClusterConfig, TrainConfig, load
 from geodistill.data.prepare import prepare
 from geodistill.models import assemble
+from geodistill.train import trainer
 from geodistill.train.checkpoint import CheckpointFailed
 from geodistill.train.loop import NotFinite, learning_rate
 from geodistill.train.stage import stages
@@ -129,15 +130,23 @@ def test_of_several_errors_the_one_that_explains_the_others():
     assert "alone" in str(reason_of(RuntimeError("alone")))
 
 
-def test_nodes_that_an_autoscaler_may_start_count(monkeypatch):
-    """A cluster of a head without work, as infra/kuberay/cluster.yaml has it before a job comes."""
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1.0, "object_store_memory": 1.0})
-    monkeypatch.setattr(cluster.state, "get_max_resources_from_cluster_config", lambda: {"CPU": 48, "GPU": 6})
-    config = load(str(Path(__file__).parents[2] / "configs/geochat-13b-to-7b.yaml"))
-    assert check_resources(config, config.distill.train) == 6
-    monkeypatch.setattr(cluster.state, "get_max_resources_from_cluster_config", lambda: {"CPU": 48, "GPU": 4})
-    with pytest.raises(ValueError, match="can grow to, 48 CPUs and 4 GPUs"):
-        check_resources(config, config.distill.train)
-    monkeypatch.setattr(cluster.state, "get_max_resources_from_cluster_config", lambda: None)  # no autoscaler
-    with pytest.raises(ValueError, match="has, or can grow to, 0 CPUs"):
-        check_resources(config, config.distill.train)
+def test_a_cluster_that_is_too_small_is_waited_for_a_local_ray_is_not(run, monkeypatch):
+    """A cluster of a head without work, as infra/kuberay/cluster.yaml has it before a job comes; two looks later it has grown."""
+    small = [f"{role}.train.images_per_micro_batch=8" for role in ("teacher", "student")]
+    small += ["distill.warm_start.images_per_micro_batch=8", "distill.train.images_per_micro_batch=8"]
+    config, asked = settings(run, *small, "cluster.workers=2", "cluster.wait=30"), []
+    (stage,) = stages(config, "finetune")
+    have = iter([{}, {"CPU": 2.0}, {"CPU": 4.0}])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1.0})
+    monkeypatch.setattr(cluster, "answering", lambda: next(have))
+    monkeypatch.setattr(cluster, "request_resources", lambda bundles: asked.append(len(bundles)))
+    with pytest.raises(ValueError, match=r"needs at least 2.5 CPUs .* but this Ray has 0 CPUs"):
+        check_resources(config, stage.train)
+    assert trainer._wait_for_workers(config, stage) == 2
+    assert asked == [2, 0]
+    monkeypatch.setattr(cluster, "answering", dict)
+    with pytest.raises(ValueError, match=r"lower cluster\.workers"):
+        trainer._wait_for_workers(replace(config, cluster=replace(config.cluster, wait=1.0)), stage)
+    assert cluster.can_grow()
+    monkeypatch.setattr(cluster, "_started", True)
+    assert not cluster.can_grow()

@@ -14,13 +14,12 @@ from typing import Any, cast
 
 import ray
 from pyarrow.fs import FileType
-from ray.autoscaler.sdk import request_resources
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from geodistill.cli import JobFailed, JobStopped
-from geodistill.cluster import answering, can_have
+from geodistill.cluster import can_grow, wait_for
 from geodistill.config import ClusterConfig, Config, ModelConfig, TrainConfig, as_yaml
 from geodistill.data.features import load_features
 from geodistill.data.files import exists, located, open_folder, read_json, write_json, write_text
@@ -115,15 +114,15 @@ def workers_that_fit(cluster: ClusterConfig, train: TrainConfig, have: dict[str,
 
 
 def check_resources(config: Config, train: TrainConfig) -> int:
-    """The number of workers to begin with. Raises ValueError where Ray could only wait for ever."""
-    cluster, have = config.cluster, can_have()
+    """The number of workers to begin with. Raises ValueError where Ray would wait for nodes."""
+    cluster, have = config.cluster, ray.cluster_resources()
     workers = workers_that_fit(cluster, train, have)
     if workers == 0:
         least = cluster.min_workers or cluster.workers
         need = f"{least * cluster.cpus_per_worker + 0.5:g} CPUs (0.5 CPU of it for data)"
         need += f" and {least} GPUs" if cluster.use_gpu else ""
         raise ValueError(
-            f"cluster.workers={cluster.workers} needs at least {need}, but this Ray has, or can grow to, {have.get('CPU', 0):g} "
+            f"cluster.workers={cluster.workers} needs at least {need}, but this Ray has {have.get('CPU', 0):g} "
             f"CPUs and {have.get('GPU', 0):g} GPUs; lower cluster.workers, cluster.cpus_per_worker or set cluster.use_gpu=false"
         )
     return workers
@@ -197,7 +196,13 @@ def fit(config: Config, stage: Stage, work: Callable[[dict], dict] | None = None
     if is_finished(stage.folder, settings):
         print(f"[{stage.name}] finished before, in {stage.folder}", flush=True)
         return
-    workers = check_resources(config, stage.train)
+    try:
+        workers = check_resources(config, stage.train)
+    except ValueError as lacks:
+        if not can_grow():
+            raise
+        print(f"[{stage.name}] {lacks}; until then it waits, up to {config.cluster.wait:.0f} s, for nodes that join", flush=True)
+        workers = _wait_for_workers(config, stage)
     files = open_folder(stage.folder, create=True)
     write_json(files, "settings.json", settings)
     write_text(files, "config.yaml", as_yaml(config))
@@ -226,6 +231,7 @@ def fit(config: Config, stage: Stage, work: Callable[[dict], dict] | None = None
                     f"{told} - goes on from step {at} (failure {failures} of {limit} without a new checkpoint)",
                     flush=True,
                 )
+                print(f"[{stage.name}] waits up to {config.cluster.wait:.0f} s for workers", flush=True)
                 workers = _wait_for_workers(config, stage)
     if step < stage.train.steps:
         raise JobStopped(f"[{stage.name}] stopped at step {step} of {stage.train.steps}; run the same command again to go on")
@@ -295,18 +301,12 @@ def _last_line(error: BaseException) -> str:
 
 
 def _wait_for_workers(config: Config, stage: Stage) -> int:
-    """The number of workers to go on with; waits up to cluster.wait seconds for what a lost node held."""
-    until, told = time.time() + config.cluster.wait, False
-    while not (workers := workers_that_fit(config.cluster, stage.train, answering())):
-        if time.time() > until:
-            return check_resources(config, stage.train)
-        if not told:
-            print(f"[{stage.name}] waits up to {config.cluster.wait:.0f} s for workers", flush=True)
-            request_resources(bundles=[resources_of_worker(config.cluster)] * config.cluster.workers)  # of an autoscaler
-            told = True
-        time.sleep(1)
-    if told:
-        request_resources(bundles=[])
+    """The number of workers to go on with, once nodes have them; waits up to cluster.wait seconds. Raises ValueError."""
+    cluster = config.cluster
+    bundles = [resources_of_worker(cluster)] * cluster.workers
+    workers = wait_for(lambda have: workers_that_fit(cluster, stage.train, have), bundles, cluster.wait)
+    if not workers:
+        return check_resources(config, stage.train)
     if workers < config.cluster.workers:
         print(f"[{stage.name}] goes on with {workers} of {config.cluster.workers} workers", flush=True)
     return workers
