@@ -96,6 +96,7 @@ class Remembered(AsyncHyperBandScheduler):
     """ASHA whose decisions are written down, and taken again where a trial reports the same step once more.
 
     Ray does not keep its rungs: after an interruption a trial would run on that had been stopped, or be measured against others.
+    A trial at its last step is let go on, where Ray's ASHA stops it.
     """
 
     def __init__(self, folder: str, **options: Any):
@@ -107,6 +108,8 @@ class Remembered(AsyncHyperBandScheduler):
 
     def on_trial_result(self, tune_controller, trial, result: dict) -> str:
         action = super().on_trial_result(tune_controller, trial, result)  # the rung is filled either way
+        if result[STEP] >= self._max_t:  # it ends by itself: stopped, it might not come to write that it is finished
+            action = self.CONTINUE
         key = name_of(trial.config), result[STEP]
         if key not in self.taken:
             self.taken[key] = action

@@ -184,3 +184,9 @@ def test_trials_of_a_node_share_the_memory_of_the_teachers_weights(tokenizer, tm
     model, _ = assemble.load(tmp_path / "model")
     assert sum(float(parameter.detach().sum()) for parameter in model.parameters()) != 0  # all of it is read
     assert size > 40e6 and own() - before < size / 4
+
+
+def test_a_trial_at_its_last_step_ends_by_itself(tmp_path):
+    """Stopped there, it might be cut off before its model and done.json are written."""
+    found = run(scheduler(tmp_path / "decisions.jsonl"), [[1.0] * 9])
+    assert list(found.values()) == [TrialScheduler.CONTINUE] * 9
