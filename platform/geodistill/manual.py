@@ -98,15 +98,16 @@ def record(run: str, job: str, arguments: list[str], begun: float, code: int, sa
     folder. begun: seconds since 1970."""
     times = [datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds") for at in (begun, datetime.now().timestamp())]
     row = {"job": job, "arguments": arguments, "begun": times[0], "ended": times[1], "exit": code, "said": said}
-    from pyarrow.fs import FileSelector  # here: a wrong setting shall be told at once
+    from pyarrow.fs import FileSelector, FileType  # here: a wrong setting shall be told at once
 
-    from geodistill.data.files import open_folder, read_lines, write_text
+    from geodistill.data.files import located, open_folder, read_lines, write_text
 
     with suppress(OSError, ValueError):  # a full disk, or a store that nobody reaches, is told by what needed it
-        folder = open_folder(run)
-        there = {found.base_name for found in folder.get_file_info(FileSelector("", allow_not_found=True))}
-        if not there:
+        store, path = located(run)
+        if store.get_file_info(path).type != FileType.Directory:
             return
+        folder = open_folder(run)
+        there = {found.base_name for found in folder.get_file_info(FileSelector(""))}
         jobs = [*read_lines(folder, "jobs.jsonl"), row]
         write_text(folder, "jobs.jsonl", "".join(json.dumps(one) + "\n" for one in jobs))
         lines = ["# A run of GeoDistill", "", "| here | what it is |", "|---|---|"]

@@ -110,6 +110,7 @@ def test_a_run_of_two_workers_goes_on_with_one_and_with_two_again(first, loop):
     assert images[0] == images[1] and len(set(images[0])) > 1
 
 
+@pytest.mark.long
 def test_a_lost_worker_is_made_up_for_by_fewer(first, loop):
     """cluster.min_workers: after a failure the run goes on with what there is."""
     train = replace(loop.train, steps=3, images_per_step=16)

@@ -97,6 +97,7 @@ def check_prometheus(rows: list[dict]) -> None:
     assert any(float(line.rsplit(" ", 1)[1]) == pytest.approx(rows[-2]["reverse_kl"]) for line in wanted), wanted
 
 
+@pytest.mark.long
 def test_nan_stops_the_run_and_keeps_the_last_checkpoint(first):
     from geodistill.train.trainer import TrainingFailed
 

@@ -67,7 +67,7 @@ def test_the_warning_tells_the_step_and_shows_responses(tmp_path, capsys, tokeni
     run = SimpleNamespace(written=SimpleNamespace(rows=rows, batch=batch), processor=SimpleNamespace(tokenizer=tokenizer))
     report = Reporter.__new__(Reporter)
     report.stage, report.rank, report.watch = SimpleNamespace(name="distill", folder=str(tmp_path)), 0, watched()
-    report.row = {"step": 40} | WELL
+    report.folder, report.row = tmp_path, {"step": 40} | WELL
     report.warn(lambda: Run.samples(run))
     assert capsys.readouterr().out == "" and not (tmp_path / "warnings.jsonl").exists()
     report.row |= {"repetition": 0.6}

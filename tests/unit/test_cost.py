@@ -336,13 +336,14 @@ def run(monkeypatch, *arguments: str) -> None:
 
 
 def test_the_job_ends_with_0_1_or_2(tmp_path: Path, monkeypatch, capsys) -> None:
-    file = str(tmp_path / "config.yaml")
-    file.write_text(as_yaml(small(4, 8)))
+    settings = tmp_path / "config.yaml"
+    file = str(settings)
+    settings.write_text(as_yaml(small(4, 8)))
     run(monkeypatch, "--config", file)
     out = capsys.readouterr().out
     assert "Memory of one worker: distill/warm" in out and "GPU-hours" in out and "GeoChat-13B (paper)" in out
     assert "distill fits: " in out and "student: no folder yet" in out
-    file.write_text(as_yaml(geochat("distill.warm_start.steps=0")))
+    settings.write_text(as_yaml(geochat("distill.warm_start.steps=0")))
     with pytest.raises(SystemExit, match="1"):
         run(monkeypatch, "--config", file)
     found = capsys.readouterr()

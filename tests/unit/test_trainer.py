@@ -147,6 +147,6 @@ def test_a_cluster_that_is_too_small_is_waited_for_a_local_ray_is_not(run, monke
     monkeypatch.setattr(cluster, "answering", dict)
     with pytest.raises(ValueError, match=r"lower cluster\.workers"):
         trainer._wait_for_workers(replace(config, cluster=replace(config.cluster, wait=1.0)), stage)
-    assert cluster.can_grow()
-    monkeypatch.setattr(cluster, "_started", True)
-    assert not cluster.can_grow()
+    for started in (False, True):
+        monkeypatch.setattr(cluster, "_started", started)
+        assert cluster.can_grow() is not started
