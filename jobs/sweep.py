@@ -4,6 +4,9 @@ Data and teacher are those of the run. An interrupted sweep goes on with resume=
 student beside its teacher, as `serve run serving.app:build` does, until Ctrl-C.
 """
 
+import signal
+from contextlib import suppress
+
 from geodistill.cli import main
 from geodistill.config import Config
 
@@ -21,8 +24,10 @@ def sweep_job(config: Config) -> None:
 
         from serving.app import Settings, build
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray Tune keeps the first Ctrl-C to itself
         serve.start(http_options={"host": "127.0.0.1", "port": config.sweep.port})
-        serve.run(build(Settings(student=found["best"], teacher=config.distill.teacher)), blocking=True)
+        with suppress(KeyboardInterrupt):
+            serve.run(build(Settings(student=found["best"], teacher=config.distill.teacher)), blocking=True)
 
 
 if __name__ == "__main__":

@@ -104,6 +104,6 @@ def test_one_command_goes_on_to_the_served_student(first):
             time.sleep(1)
         found = httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=10).json()
         process.send_signal(signal.SIGINT)
-        process.wait(timeout=60)
+        assert process.wait(timeout=60) == 0
     assert [one["id"] for one in found["data"]] == ["student", "teacher"]
     assert (run / "sweep/best/model/model.safetensors").is_file()
