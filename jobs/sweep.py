@@ -1,6 +1,6 @@
 """Distil with other settings side by side (sweep.space), and leave the best model in run/sweep/best, ready to serve.
 
-Data and teacher are those of the run. An interrupted sweep goes on with resume=true. sweep.serve=true then serves the best
+Data and teacher are those of the run. An interrupted sweep goes on with the same command. sweep.serve=true then serves the best
 student beside its teacher, as `serve run serving.app:build` does, until Ctrl-C.
 """
 

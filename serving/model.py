@@ -149,7 +149,8 @@ class Model:
 def unfinished(text: str, stops: list[str]) -> int:
     """How much of the end of a text may not be shown yet: the beginning of a stop, or of a character of several tokens."""
     parts = [stop[:k] for stop in stops for k in range(1, len(stop))]
-    return max((len(part) for part in [*parts, "\ufffd"] if text.endswith(part)), default=0)
+    half = len(text) - len(text.rstrip("\ufffd"))  # some tokenizers give one a byte
+    return max((len(part) for part in parts if text.endswith(part)), default=0) or half
 
 
 def new_seed() -> int:

@@ -7,11 +7,11 @@ import base64
 import json
 import time
 import uuid
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from geodistill.data.record import check_text
+from geodistill.data.record import check_special, check_text
 from geodistill.language import box_corners, labelled_boxes
 
 MOST_TEXT = 200_000  # characters of a conversation
@@ -65,7 +65,7 @@ class ChatRequest(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = Field(None, max_length=4)
+    stop: Annotated[str, Field(max_length=200)] | Annotated[list[str], Field(max_length=4)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = 1
@@ -81,7 +81,8 @@ def conversation(request: ChatRequest) -> tuple[list[tuple[str, str | None]], st
     for i, message in enumerate(request.messages):
         where = f"messages[{i}]"
         texts, images = _parts(message, where)
-        if reason := check_text(texts):
+        check = check_special if message.role == "assistant" else check_text  # what a model has written is asked about as it is
+        if reason := check(texts):
             raise Refused(400, f"{where}: the text {reason}", where)
         if images and (message.role != "user" or turns or url):
             raise Refused(400, f"{where}: one image, in the first message of the user, is what this model reads", where)

@@ -1,17 +1,22 @@
 """Join the Ray cluster this process runs in, or start a local one."""
 
+import math
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.autoscaler.sdk import request_resources
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from geodistill.cli import JobFailed
+from geodistill.config import ClusterConfig
+
+Nodes = list[dict[str, float]]  # the resources of each
 
 # What every process of a run needs in its environment; set before deepspeed is imported anywhere.
 ENVIRONMENT = {
@@ -92,19 +97,33 @@ def nothing() -> None:
     """What a node does to show that it is there."""
 
 
-def answering(seconds: float = 20.0) -> dict[str, float]:
-    """Resources of the nodes that answer: Ray counts a lost one for half a minute more, and would wait for it without an end."""
+def answering(seconds: float = 20.0) -> Nodes:
+    """The nodes that answer: Ray counts a lost one for half a minute more, and would wait for it without an end."""
     asked = {on_node(node["NodeID"], nothing): node for node in ray.nodes() if node["Alive"]}
     done, late = ray.wait([*asked], num_returns=len(asked), timeout=seconds)
     for task in late:
         ray.cancel(task, force=True)
-    found: dict[str, float] = {}
+    found: Nodes = []
     for task in done:
         with suppress(ray.exceptions.RayError):
             ray.get(task)
-            for name, amount in asked[task]["Resources"].items():
-                found[name] = found.get(name, 0.0) + amount
+            found.append(asked[task]["Resources"])
     return found
+
+
+def nodes() -> Nodes:
+    """The nodes that Ray takes for alive."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def total(nodes: Nodes, name: str) -> float:
+    """How much of a resource the nodes have together."""
+    return sum(node.get(name, 0.0) for node in nodes)
+
+
+def places(nodes: Nodes, cpus: float, gpu: bool) -> int:
+    """How many processes of `cpus` CPUs, and a GPU each where `gpu`, the nodes hold: none can lie on two of them."""
+    return sum(int(min(node.get("CPU", 0.0) / cpus, node.get("GPU", 0.0) if gpu else math.inf) + 1e-9) for node in nodes)
 
 
 def can_grow() -> bool:
@@ -113,15 +132,50 @@ def can_grow() -> bool:
     return not _started
 
 
-def wait_for(fits: Callable[[dict[str, float]], int], bundles: list[dict[str, float]], seconds: float) -> int:
-    """What `fits` makes of the resources of the nodes that answer, once that is not 0; 0 after `seconds`. Until then an
-    autoscaler is asked for `bundles`."""
-    until, asked = time.time() + seconds, False
-    while not (found := fits(answering())) and time.time() < until:
-        if not asked:
-            request_resources(bundles=bundles)
-            asked = True
-        time.sleep(1)
-    if asked:
-        request_resources(bundles=[])
+def wait_for(
+    fits: Callable[[Nodes], int], bundles: list[dict[str, float]], seconds: float, told: threading.Event | None = None
+) -> int:
+    """What `fits` makes of the nodes that answer, once that is not 0; 0 after `seconds`, or once `told` is set. Until then an
+    autoscaler is asked for `bundles`, by a placement group: it adds to what other jobs ask for, and ends with this one."""
+    until, asked = time.time() + seconds, None
+    try:
+        while not (found := fits(answering())) and time.time() < until and not (told and told.is_set()):
+            asked = asked or placement_group(bundles)
+            time.sleep(1)
+        return found
+    finally:
+        if asked:
+            remove_placement_group(asked)
+
+
+def need(
+    who: str,
+    fits: Callable[[Nodes], int],
+    lacks: Callable[[Nodes], str],
+    bundles: list[dict[str, float]],
+    seconds: float,
+    told: threading.Event | None = None,
+    again: bool = False,
+) -> int:
+    """What `fits` makes of the nodes, which are waited for where some may join; 0 only where `told` is set meanwhile.
+
+    again: after a failure, where they are waited for in any case. Raises ValueError with what `lacks` says.
+    """
+    if not again:
+        if found := fits(nodes()):
+            return found
+        if not can_grow():
+            raise ValueError(lacks(nodes()))
+        print(f"[{who}] {lacks(nodes())}; until then it waits, up to {seconds:.0f} s, for nodes that join", flush=True)
+    found = wait_for(fits, bundles, seconds, told)
+    if not found and not (told and told.is_set()):
+        raise ValueError(lacks(nodes()))
     return found
+
+
+def need_one(who: str, cluster: ClusterConfig) -> None:
+    """Return once there is a node for an actor that holds a model, as `need` does: Ray Data would wait for it without an end."""
+    resources = {"CPU": 0.5} | ({"GPU": 1.0} if cluster.use_gpu else {})
+    lacks = "cluster.use_gpu=true needs a GPU, but this Ray has none; set cluster.use_gpu=false"
+    lacks = lacks if cluster.use_gpu else "half a CPU is needed, but this Ray has none: start a node that has"
+    need(who, lambda found: places(found, 0.5, cluster.use_gpu), lambda _: lacks, [resources], cluster.wait)

@@ -364,7 +364,7 @@ class Config:
     sweep: SweepConfig = section(SweepConfig, "what jobs/sweep.py tries")
     predict: PredictConfig = section(PredictConfig, "what jobs/predict.py looks for in whole scenes")
     export: ExportConfig = section(ExportConfig, "what jobs/export.py writes")
-    resume: bool = option(False, "sweep: go on with one that was interrupted")
+    resume: bool = option(False, "sweep: refuse to begin a new one: there has to be one that was interrupted")
     plan: PlanConfig = section(PlanConfig, "what jobs/plan.py reckons with")
 
 

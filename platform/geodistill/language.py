@@ -43,6 +43,8 @@ _PLACE = re.compile(
 _NUMBER = r"<\s*(-?\d{1,15}(?:\.\d{1,15})?)\s*>"
 _BOX = re.compile(r"\{" + _NUMBER * 4 + r"(?:\|" + _NUMBER + r")?\}")
 _PHRASE = re.compile(r"<p>(.*?)</p>", re.DOTALL)
+_COUNT = re.compile(r"^(\d+|an?|the)\s+", re.IGNORECASE)
+_WHERE = re.compile(r"\s+(at|in|on|to|near|next to|close to)\s.*$", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,16 @@ def labelled_boxes(answer: str, question: str = "") -> list[tuple[str, Box]]:
         if max(map(len, re.findall(r"\d+", match[0]))) < 5:
             found.append((label, parse_boxes(match[0])[0]))
     return found
+
+
+def kind_of(phrase: str) -> str:
+    """What a phrase is about, whatever their number and place: "2 ships at the left", "A ship" -> "ship"."""
+    kind = _WHERE.sub("", _COUNT.sub("", " ".join(phrase.split()))).lower()
+    if kind.endswith("ies") and len(kind) > 4:
+        return kind[:-3] + "y"
+    if kind.endswith(("sses", "shes", "ches", "xes", "buses")):
+        return kind[:-2]
+    return kind[:-1] if kind.endswith("s") and not kind.endswith(("ss", "us", "is")) else kind
 
 
 def box_corners(box: Box, width: float, height: float, counter_clockwise: bool = True) -> list[tuple[float, float]]:

@@ -33,7 +33,7 @@ def validate(config: "Config", space: "dict[str, Domain]") -> None:
 
     for key, text in _texts(asdict(config)):
         need(
-            not re.search(r"s3://\S*[?]|://[^/\s]*@", text),
+            not re.search(r"s3://\S*[?]|s3://[^/\s]*:|://[^/\s]*@", text),
             f"{key} holds credentials or options of a store, which would be written to files and logs: put them into the "
             "environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_REGION; "
             "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD), or use the machine's role",

@@ -1,9 +1,9 @@
 """Ray Tune: distillations with other settings, each a real Ray Train run; the best one's model is left ready to serve.
 
 Every trial is the two stages of jobs/distill.py in a folder of its own, named by what is changed; a warm start that does not
-differ between trials is trained once. A trial reports at every validation. A sweep that was interrupted is begun again with
-resume=true: every trial then first reports again what it had reported, from its own files, and the scheduler's decisions of then
-are taken as they were, so that search and scheduler stand where they stood; what was finished is not trained again.
+differ between trials is trained once. A trial reports at every validation. A sweep that was interrupted is begun again by the
+same command: every trial then first reports again what it had reported, from its own files, and the scheduler's decisions of
+then are taken as they were, so that search and scheduler stand where they stood; what was finished is not trained again.
 """
 
 import hashlib
@@ -11,9 +11,9 @@ import json
 import re
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import ray
 from matplotlib.figure import Figure
 from pyarrow.fs import FileType
 from ray import tune
@@ -21,7 +21,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, Searcher
 
-from geodistill.cluster import can_grow, wait_for
+from geodistill.cluster import Nodes, need, places, total
 from geodistill.config import Config, ConfigError, as_yaml, changed, search_space
 from geodistill.data.files import (
     exists,
@@ -38,7 +38,7 @@ from geodistill.data.files import (
 from geodistill.evaluate.plots import heat_map, parallel_coordinates
 from geodistill.evaluate.tables import Table
 from geodistill.train.stage import Stage, stages
-from geodistill.train.trainer import fit, resources_of_worker, settings_of
+from geodistill.train.trainer import bundles_of, fit, lacking, settings_of
 
 JOURNAL = "decisions.jsonl"
 STEP = "step"  # the measure of time that trials report
@@ -118,13 +118,13 @@ class Remembered(AsyncHyperBandScheduler):
         return self.taken[key]
 
 
-def at_once(config: Config, have: dict[str, float]) -> int:
-    """How many trials can run beside each other in resources `have`: all their workers, and half a CPU for data."""
+def at_once(config: Config, nodes: Nodes) -> int:
+    """How many trials can run beside each other on `nodes`: all their workers, and half a CPU for data."""
     cluster = config.cluster
-    fits = [(have.get("CPU", 0) - 0.5) / (cluster.workers * cluster.cpus_per_worker)]
-    fits += [have.get("GPU", 0) / cluster.workers] if cluster.use_gpu else []
+    fits = [(total(nodes, "CPU") - 0.5) / (cluster.workers * cluster.cpus_per_worker)]
+    fits += [places(nodes, cluster.cpus_per_worker, cluster.use_gpu) / cluster.workers]
     fits += [config.sweep.at_once] if config.sweep.at_once else []
-    return int(min(fits))
+    return max(0, int(min(fits)))
 
 
 def searcher(config: Config, parallel: int) -> tuple[Searcher | BasicVariantGenerator, dict[str, Any], int]:
@@ -161,24 +161,16 @@ def sweep(config: Config) -> dict:
     folder, options = f"{config.run}/sweep", config.sweep
     files, asked = open_folder(folder, create=True), as_yaml(replace(config, resume=False))
     begun = exists(files, "config.yaml")
-    if begun and not config.resume:
-        raise ValueError(f"{folder} holds a sweep: go on with it with resume=true, choose another run=FOLDER, or delete it")
     if config.resume and not begun:
         raise ValueError(f"{folder} holds no sweep that could be resumed; leave resume=true out")
     if begun and read_text(files, "config.yaml") != asked:
-        raise ValueError(f"{folder}/config.yaml and these settings differ; give the command of then, with resume=true")
-    write_text(files, "config.yaml", asked)
+        raise ValueError(
+            f"{folder}/config.yaml and these settings differ; give the command of then to go on, choose another run=FOLDER, or "
+            "delete that folder"
+        )
     cluster = config.cluster
-    parallel = at_once(config, ray.cluster_resources())
-    if parallel < 1:
-        need = f"a trial needs {cluster.workers * cluster.cpus_per_worker + 0.5:g} CPUs (or as many GPUs as workers)"
-        lacks = f"{need}, and this Ray has fewer: lower cluster.workers"
-        if can_grow():
-            print(f"[sweep] {lacks}; until then it waits, up to {cluster.wait:.0f} s, for nodes that join", flush=True)
-            bundles = [resources_of_worker(cluster)] * cluster.workers
-            parallel = wait_for(lambda have: max(0, at_once(config, have)), bundles, cluster.wait)
-        if parallel < 1:
-            raise ValueError(lacks)
+    fits, lacks = partial(at_once, config), partial(lacking, cluster)
+    parallel = need("sweep", fits, lacks, bundles_of(cluster), cluster.wait)
     search, space, samples = searcher(config, parallel)
     loop = config.distill.train
     asha = None
@@ -189,6 +181,7 @@ def sweep(config: Config) -> dict:
                 "sweep.grace, or set sweep.scheduler=none"
             )
         asha = Remembered(folder, max_t=loop.steps, grace_period=options.grace, reduction_factor=options.reduction)
+    write_text(files, "config.yaml", asked)
     if files.get_file_info("tune").type == FileType.Directory:
         files.delete_dir("tune")  # Ray's own record of a run that was interrupted; not read
     store, path = located(folder)
@@ -213,6 +206,7 @@ def sweep(config: Config) -> dict:
     write_json(files, "sweep.json", found)
     with written(folder) as here:
         sweep_figure(config, found).savefig(here / "sweep.png", dpi=150)
+    keep_best(config, found)
     return found
 
 
@@ -228,12 +222,16 @@ def summary(config: Config, trials: list[tuple[dict, str]]) -> dict:
         rows.append({"name": name_of(values), "values": values, "state": state, STEP: last.get(STEP, 0), metric: last.get(metric),
                      "figures": {k: last[k] for k in ("reverse_kl", "agreement", "length") if k in last}})  # fmt: skip
     rows.sort(key=lambda row: (row["state"] != "finished", row[metric] is None, sign * (row[metric] or 0)))
-    best = ""
-    if rows and rows[0]["state"] == "finished":
-        best = f"{config.run}/sweep/best/model"
-        replace_folder(f"{config.run}/sweep/trials/{rows[0]['name']}/model", best)
-        write_json(open_folder(f"{config.run}/sweep/best"), "trial.json", rows[0])
+    best = f"{config.run}/sweep/best/model" if rows and rows[0]["state"] == "finished" else ""
     return {"metric": metric, "mode": config.sweep.mode, "trials": rows, "best": best}
+
+
+def keep_best(config: Config, found: dict) -> None:
+    """Put the best trial's model into run/sweep/best, where one was finished."""
+    if found["best"]:
+        best = found["trials"][0]
+        replace_folder(f"{config.run}/sweep/trials/{best['name']}/model", found["best"])
+        write_json(open_folder(f"{config.run}/sweep/best"), "trial.json", best)
 
 
 def sweep_table(found: dict) -> str:

@@ -1,11 +1,13 @@
 """Faults on a real local Ray: every run ends with the weights and figures of an unbroken one; other numbers of workers go on."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
+from ray.util.state import list_actors
 from tiny import history, same, settings
 
 from geodistill import cluster
@@ -70,6 +72,20 @@ def test_faults_outside(first, loop, monkeypatch):
     assert float(found["SIGTERM"]["said"].split()[-2]) < faults.NOTICE
 
 
+def test_a_lost_folder_is_made_again_from_checkpoints_elsewhere(first, loop, capsys):
+    """As on machines that go away with their disks. And no stage leaves a process behind."""
+    train = replace(loop.train, steps=2, checkpoint_every=1, validate_every=1, log_every=1)
+    stage = replace(loop, name="lost", folder=f"{first.run}/lost", train=train)
+    config = of(first, f"checkpoints={first.run}/elsewhere")
+    fit(config, stage)
+    model = (Path(stage.folder) / "model/model.safetensors").read_bytes()
+    shutil.rmtree(stage.folder)
+    fit(config, stage)
+    assert (Path(stage.folder) / "model/model.safetensors").read_bytes() == model
+    assert "its model was gone: it is made again" in capsys.readouterr().out
+    assert not list_actors(filters=[("class_name", "=", "Notice"), ("state", "=", "ALIVE")])
+
+
 def until(step: int):
     """The loop, told to stop before `step`."""
 
@@ -125,7 +141,7 @@ def test_a_lost_worker_is_made_up_for_by_fewer(first, loop):
         return loop.worker(job)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster, "answering", lambda: {"CPU": need + 0.5})
+        patch.setattr(cluster, "answering", lambda: [{"CPU": need + 0.5}])
         fit(of(first, "cluster.workers=2", "cluster.min_workers=1", f"cluster.cpus_per_worker={need}"), stage, work)
     assert json.loads((Path(stage.folder) / "done.json").read_text())["settings"]
     assert [row["step"] for row in history(Path(stage.folder)) if "loss" in row] == [1, 2, 3]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -41,8 +42,10 @@ def test_trials_share_a_warm_start_and_the_best_is_left(first):
     assert all((best[name] == trial[name]).all() for name in trial)
     assert "alpha" in sweep_table(found) and (run / "sweep/sweep.png").stat().st_size > 10_000
     assert all(row["figures"].keys() == {"reverse_kl", "agreement", "length"} for row in found["trials"])
-    with pytest.raises(ValueError, match="holds a sweep: go on with it with resume=true"):
-        sweep(config)
+    with pytest.raises(ValueError, match="and these settings differ; give the command of then"):
+        sweep(replace(config, seed=1))
+    again = sweep(config)  # the same command goes on, here with nothing
+    assert again["trials"] == found["trials"] and again["seconds"] < found["seconds"]
 
 
 def job(run: Path, arguments: list[str], **given) -> subprocess.Popen:

@@ -29,7 +29,16 @@ def test_endpoint_and_region_come_from_the_environment(asked, monkeypatch):
     assert asked == {"endpoint_override": "http://127.0.0.1:8333", "region": "eu-west-1"}
 
 
-@pytest.mark.parametrize("address", ["s3://me:se%2Fcret@bucket/key", "s3://bucket/key?secret_key=se%2Fcret"])
+@pytest.mark.parametrize("key", ["run#2/teacher", "a b/ü/100%.tif", ""])
+def test_a_key_is_what_is_written(asked, monkeypatch, key):
+    """An address is no URL: # begins no fragment, and nothing is put into lower case."""
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")
+    assert files._remote(f"s3://My.Bucket/{key}")[1] == f"My.Bucket/{key}".rstrip("/")
+
+
+@pytest.mark.parametrize(
+    "address", ["s3://me:se%2Fcret@bucket/key", "s3://me:se/cret@bucket/key", "s3://bucket/key?secret_key=se%2Fcret"]
+)
 def test_no_credentials_in_an_address(address):
     """Addresses are written to files and logs; an error does not repeat them."""
     with pytest.raises(ValueError, match="come from the environment") as error:

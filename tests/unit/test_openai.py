@@ -64,6 +64,22 @@ def test_options_that_cannot_be_served(options):
     request(user("A?", IMAGE), user="someone", metadata={})  # what changes no answer is passed over
 
 
+def test_what_a_model_has_written_is_asked_about_as_it_is():
+    """A box of no width is no box of a question; in an answer it is what the model said."""
+    odd = "{<50><50><50><60>|<400>}"
+    said = {"role": "assistant", "content": odd}
+    assert conversation(request(user("A?", IMAGE), said, user("B?")))[0] == [("A?", odd), ("B?", None)]
+    with pytest.raises(Refused, match="text box"):
+        conversation(request(user(odd, IMAGE)))
+    with pytest.raises(Refused, match="special token"):
+        conversation(request(user("A?", IMAGE), {"role": "assistant", "content": "<image>"}, user("B?")))
+
+
+def test_a_stop_may_be_a_word():
+    assert request(user("A?", IMAGE), stop="USER:").stop == "USER:"
+    assert request(user("A?", IMAGE), stop=["USER:", "END"]).stop == ["USER:", "END"]
+
+
 def test_data_urls():
     assert data_url("data:image/png;base64," + base64.b64encode(b"abc").decode()) == b"abc"
     assert data_url("https://example.org/a.png") is None

@@ -1,5 +1,6 @@
 """Whole scenes: tiles, boxes across tiles, coordinates."""
 
+import io
 import itertools
 import json
 
@@ -7,10 +8,12 @@ import numpy as np
 import pyogrio
 import pytest
 import rasterio
+from PIL import Image
 from rasterio.transform import from_origin
 from shapely import box as rectangle
 from shapely import union_all
 
+from geodistill.data.imagery import displayable
 from geodistill.data.record import BadRecord
 from geodistill.data.scenes import Found, Tile, found_in, merged, open_scene, tiles, write_geojson
 
@@ -82,6 +85,15 @@ def test_an_object_seen_by_several_tiles_is_one():
     assert merged([thing("line", 0, 0, 10, 0)], 0.3) == []
 
 
+def test_how_many_a_tile_shows_makes_no_other_kind(tmp_path):
+    scene_file(tmp_path / "a.tif")
+    with open_scene(str(tmp_path / "a.tif")) as scene:
+        tile = Tile(0, 0, 64, 64)
+        phrases = ("1 ship", "2 ships", "the Ships at the left", "a plane")
+        found = [found_in(tile, scene, "where?", f"<p>{phrase}</p> {{<25><50><75><100>|<0>}}", 0.7)[0] for phrase in phrases]
+    assert [one.label for one in merged(found, 0.3)] == ["ship", "plane"]
+
+
 def test_boxes_of_an_answer_lie_in_the_scene(tmp_path):
     scene_file(tmp_path / "a.tif")
     with open_scene(str(tmp_path / "a.tif")) as scene:
@@ -89,10 +101,33 @@ def test_boxes_of_an_answer_lie_in_the_scene(tmp_path):
         answer = "<p>2 ships</p> {<25><50><75><100>|<0>}<delim>{<0><0><50><25>|<90>} <p>x</p> {<150><150><170><170>|<0>}"
         first, second = found_in(tile, scene, "where?", answer, 0.7)
         assert first.corners == ((116, 82), (148, 82), (148, 114), (116, 114))
-        assert (first.label, first.score, first.edge) == ("2 ships", 0.7, 0)
+        assert (first.label, first.phrase, first.score, first.edge) == ("ship", "2 ships", 0.7, 0)
         assert second.edge < 0 and second.angle == 90
         corner = found_in(Tile(0, 0, 64, 64), scene, "where are <p>cars</p>?", "{<0><0><50><50>|<0>}", 1.0)[0]
-        assert corner.label == "cars" and corner.edge == 32
+        assert corner.label == "car" and corner.edge == 32
+
+
+def test_a_drawing_of_its_own_has_no_longitude(tmp_path):
+    """A mosaic in local coordinates: there is nothing that leads to longitude and latitude."""
+    scene_file(tmp_path / "mosaic.tif", crs='LOCAL_CS["site",UNIT["metre",1]]')
+    with open_scene(str(tmp_path / "mosaic.tif")) as scene:
+        assert scene.crs is not None and not scene.placed
+        assert [f.name for f in write_geojson(scene, [thing("ship", 10, 20, 50, 30)], tmp_path / "m")] == ["m.scene.geojson"]
+        with pytest.raises(ValueError, match=r"mosaic.tif has no coordinate system that leads to longitude"):
+            scene.geojson([], True)
+
+
+def test_complex_numbers_are_seen_as_amplitudes(tmp_path):
+    """SAR before detection."""
+    values = np.random.default_rng(0).normal(size=(2, 64, 64))
+    with rasterio.open(tmp_path / "slc.tif", "w", "GTiff", 64, 64, 1, dtype="complex64") as out:
+        out.write((values[0] + 1j * values[1]).astype(np.complex64), 1)
+    with open_scene(str(tmp_path / "slc.tif")) as scene:
+        seen = np.asarray(scene.read(Tile(0, 0, 64, 64)))[..., 0]
+    strong = np.abs(values[0] + 1j * values[1])
+    assert np.corrcoef(seen.ravel(), strong.ravel())[0, 1] > 0.99
+    shown, width, height = displayable((tmp_path / "slc.tif").read_bytes(), "slc", [])
+    assert (width, height) == (64, 64) and (np.asarray(Image.open(io.BytesIO(shown))) == seen).all()
 
 
 @pytest.mark.parametrize("crs", ["EPSG:32632", "EPSG:4326", None])
@@ -107,7 +142,7 @@ def test_gdal_reads_what_is_written(tmp_path, crs):
         transform = scene.raster.transform
     assert [f.name for f in files] == (["harbour.geojson"] if crs else []) + ["harbour.scene.geojson"]
     own = pyogrio.raw.read(files[-1])
-    assert own[0]["geometry_type"] == "Polygon" and list(own[0]["fields"][:2]) == ["label", "score"]
+    assert own[0]["geometry_type"] == "Polygon" and list(own[0]["fields"][:3]) == ["label", "phrase", "score"]
     if crs is None:
         return
     assert own[0]["crs"] == crs

@@ -226,4 +226,4 @@ def test_sampling_by_a_number():
 
 def test_what_may_not_be_shown_yet():
     assert [unfinished("foo ST", ["STOP"]), unfinished("foo S", ["STOP", "x"]), unfinished("foo", ["STOP"])] == [2, 1, 0]
-    assert unfinished("caf\ufffd", []) == 1
+    assert unfinished("caf\ufffd", []) == 1 and unfinished("a\ufffd\ufffd", ["STOP"]) == 2  # a byte each

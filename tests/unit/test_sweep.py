@@ -12,7 +12,7 @@ from ray.tune.schedulers import TrialScheduler
 from geodistill.config import ConfigError, Domain, ModelConfig, VisionConfig, load, search_space
 from geodistill.evaluate.plots import heat_map, parallel_coordinates
 from geodistill.models import assemble
-from geodistill.sweep import Remembered, at_once, name_of, reported, summary, sweep_figure, sweep_table
+from geodistill.sweep import Remembered, at_once, keep_best, name_of, reported, summary, sweep_figure, sweep_table
 
 STAGES = ("teacher.train", "student.train", "distill.warm_start", "distill.train")
 ALPHA, HEAT, RATE = "distill.loss.alpha", "distill.loss.temperature", "distill.train.learning_rate"
@@ -62,9 +62,9 @@ def test_trials_at_once_leave_half_a_cpu_for_data():
             None, [f"{t}.images_per_micro_batch=8" for t in STAGES] + [f"{t}.images_per_step=32" for t in STAGES] + [*overrides]
         )
 
-    assert [at_once(of("cluster.workers=2"), {"CPU": cpus}) for cpus in (2, 2.5, 4.5, 8)] == [0, 1, 2, 3]
-    assert at_once(of("cluster.workers=2", "sweep.at_once=1"), {"CPU": 64}) == 1
-    assert at_once(of("cluster.workers=4", "cluster.use_gpu=true"), {"CPU": 64, "GPU": 6}) == 1
+    assert [at_once(of("cluster.workers=2"), [{"CPU": cpus}]) for cpus in (2, 2.5, 4.5, 8)] == [0, 1, 2, 3]
+    assert at_once(of("cluster.workers=2", "sweep.at_once=1"), [{"CPU": 64}]) == 1
+    assert at_once(of("cluster.workers=4", "cluster.use_gpu=true"), [{"CPU": 64, "GPU": 6}]) == 1
 
 
 def rows(folder, values):
@@ -143,6 +143,7 @@ def test_summary_table_figure_and_best(tmp_path, monkeypatch):
         trials.append(({ALPHA: alpha, HEAT: heat}, ""))
     trials.append(({ALPHA: 0.2, HEAT: 1}, "the loss is not finite"))
     found = summary(config, trials)
+    keep_best(config, found)
     assert [row["state"] for row in found["trials"]] == [
         "finished",
         "finished",

@@ -1,21 +1,21 @@
 """Before a worker starts: pairs and data that cannot work are refused; stages, skip and learning rate."""
 
 import json
+import threading
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-import ray
 
 from geodistill import cluster
+from geodistill.cli import JobStopped
 from geodistill.config import ClusterConfig, TrainConfig, load
 from geodistill.data.prepare import prepare
 from geodistill.models import assemble
-from geodistill.train import trainer
 from geodistill.train.checkpoint import CheckpointFailed
 from geodistill.train.loop import NotFinite, learning_rate
 from geodistill.train.stage import stages
-from geodistill.train.trainer import check_resources, check_stage, is_finished, reason_of, retries, settings_of, workers_that_fit
+from geodistill.train.trainer import check_stage, is_finished, reason_of, retries, settings_of, workers_of, workers_that_fit
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,9 @@ def test_a_finished_stage_remembers_its_settings(run, tmp_path):
     (stage,) = stages(config, "finetune")
     assert not is_finished(str(tmp_path), settings_of(config, stage))
     (tmp_path / "done.json").write_text(json.dumps({"settings": settings_of(config, stage)}))
+    assert not is_finished(str(tmp_path), settings_of(config, stage))  # its model is gone
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
     assert is_finished(str(tmp_path), settings_of(config, stage))
     config = settings(run, "seed=3")
     with pytest.raises(ValueError, match=r"seed: 0 -> 3"):
@@ -106,13 +109,24 @@ def test_learning_rate_rises_and_falls(run):
 def test_workers_that_fit(cpus, least, found):
     """Sixteen images in micro-batches of four: four, two or one workers can share a step, three cannot."""
     cluster = ClusterConfig(workers=4, min_workers=least)
-    assert workers_that_fit(cluster, TrainConfig(images_per_step=16, images_per_micro_batch=4), {"CPU": cpus}) == found
+    train = TrainConfig(images_per_step=16, images_per_micro_batch=4)
+    assert workers_that_fit(cluster, train, [{"CPU": cpus}]) == found
+
+
+def test_no_worker_lies_on_two_nodes():
+    """Two nodes of 16 CPUs have room for two workers of ten, one with cards and few CPUs for as many as it has CPUs."""
+    train = TrainConfig(images_per_step=12, images_per_micro_batch=4)
+    cluster = ClusterConfig(workers=3, min_workers=1, cpus_per_worker=10)
+    assert workers_that_fit(cluster, replace(train, images_per_step=24), [{"CPU": 16.0}, {"CPU": 16.0}]) == 2
+    cards = ClusterConfig(workers=3, min_workers=1, cpus_per_worker=2, use_gpu=True)
+    assert workers_that_fit(cards, train, [{"CPU": 2.0, "GPU": 8.0}, {"CPU": 64.0}]) == 1
+    assert workers_that_fit(cards, train, [{"CPU": 8.0, "GPU": 8.0}]) == 3
 
 
 def test_every_worker_needs_a_gpu():
     cluster = ClusterConfig(workers=4, min_workers=1, use_gpu=True)
     train = TrainConfig(images_per_step=16, images_per_micro_batch=4)
-    assert [workers_that_fit(cluster, train, {"CPU": 64, "GPU": gpus}) for gpus in (4, 3, 1, 0)] == [4, 2, 1, 0]
+    assert [workers_that_fit(cluster, train, [{"CPU": 64, "GPU": gpus}]) for gpus in (4, 3, 1, 0)] == [4, 2, 1, 0]
 
 
 def test_what_is_tried_again():
@@ -130,23 +144,28 @@ def test_of_several_errors_the_one_that_explains_the_others():
     assert "alone" in str(reason_of(RuntimeError("alone")))
 
 
-def test_a_cluster_that_is_too_small_is_waited_for_a_local_ray_is_not(run, monkeypatch):
+def test_a_cluster_that_is_too_small_is_waited_for_a_local_ray_is_not(run, monkeypatch, capsys):
     """A cluster of a head without work, as infra/kuberay/cluster.yaml has it before a job comes; two looks later it has grown."""
     small = [f"{role}.train.images_per_micro_batch=8" for role in ("teacher", "student")]
     small += ["distill.warm_start.images_per_micro_batch=8", "distill.train.images_per_micro_batch=8"]
     config, asked = settings(run, *small, "cluster.workers=2", "cluster.wait=30"), []
     (stage,) = stages(config, "finetune")
-    have = iter([{}, {"CPU": 2.0}, {"CPU": 4.0}])
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1.0})
+    have = iter([[{}], [{"CPU": 2.0}], [{"CPU": 2.0}, {"CPU": 2.0}]])
+    monkeypatch.setattr(cluster, "nodes", lambda: [{"memory": 1.0}])
     monkeypatch.setattr(cluster, "answering", lambda: next(have))
-    monkeypatch.setattr(cluster, "request_resources", lambda bundles: asked.append(len(bundles)))
+    monkeypatch.setattr(cluster, "placement_group", lambda bundles: asked.append(bundles) or "group")
+    monkeypatch.setattr(cluster, "remove_placement_group", asked.append)
+    told = threading.Event()
+    assert workers_of(config, stage, told) == 2
+    assert asked == [[{"CPU": 1.0}, {"CPU": 1.0}, {"CPU": 0.5}], "group"]
+    assert "until then it waits, up to 30 s, for nodes that join" in capsys.readouterr().out
+    monkeypatch.setattr(cluster, "answering", list)
+    with pytest.raises(ValueError, match=r"but this Ray has 0 CPUs .* lower cluster\.workers"):
+        workers_of(replace(config, cluster=replace(config.cluster, wait=1.0)), stage, told)
+    told.set()
+    with pytest.raises(JobStopped, match="stopped while it waited for nodes"):
+        workers_of(config, stage, told)
+    assert asked[-1] == "group"  # what was asked for is given back, however the wait ends
+    monkeypatch.setattr(cluster, "_started", True)
     with pytest.raises(ValueError, match=r"needs at least 2.5 CPUs .* but this Ray has 0 CPUs"):
-        check_resources(config, stage.train)
-    assert trainer._wait_for_workers(config, stage) == 2
-    assert asked == [2, 0]
-    monkeypatch.setattr(cluster, "answering", dict)
-    with pytest.raises(ValueError, match=r"lower cluster\.workers"):
-        trainer._wait_for_workers(replace(config, cluster=replace(config.cluster, wait=1.0)), stage)
-    for started in (False, True):
-        monkeypatch.setattr(cluster, "_started", started)
-        assert cluster.can_grow() is not started
+        workers_of(config, stage, threading.Event())

@@ -24,7 +24,7 @@ from pyarrow import fs
 from torch import Tensor, nn
 
 from geodistill.config import Config
-from geodistill.data.files import exists, open_folder, read_json, write_json, writing
+from geodistill.data.files import exists, local, open_folder, read_json, write_json, writing
 from geodistill.data.record import BadRecord, open_image
 from geodistill.data.shards import MANIFEST, Group, load_manifest, read_group
 
@@ -160,7 +160,7 @@ class Tower:
         from geodistill.models.vision import load_tower
 
         sizes = config.student.model
-        if sizes.init and not is_llava(AutoConfig.from_pretrained(sizes.init)):
+        if sizes.init and not is_llava(AutoConfig.from_pretrained(local(sizes.init, weights=False))):
             raise ValueError(f"student.model.init={sizes.init} is of a family whose tower is not apart; it goes without features")
         tower, layer = load_tower(sizes.init or sizes.tower)
         self.layer, self.device, self.dtype = sizes.vision.feature_layer if layer is None else layer, device, _dtype(config)
@@ -279,8 +279,11 @@ def _write_all(config: Config, made_from: dict, todo: list[dict]) -> Iterator[di
     """What `Writer` says of each shard, as they finish, with a line of progress each."""
     import ray.data
 
+    from geodistill.cluster import need_one
+
     if not todo:
         return
+    need_one("features", config.cluster)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     written = ray.data.from_items([{"shard": json.dumps(shard)} for shard in todo], override_num_blocks=len(todo)).map(

@@ -23,6 +23,8 @@ import pyarrow as pa
 from filelock import FileLock
 from pyarrow import fs
 
+MOST_COPIED = 5 * 10**9  # bytes of a file that S3 moves or copies by itself
+
 
 def absolute_path(folder: str) -> str:
     """A local path made absolute; a URI and "" stay as they are."""
@@ -54,17 +56,17 @@ def located(folder: str | Path) -> tuple[fs.FileSystem, str]:
     try:
         return _remote(str(folder))
     except (OSError, ValueError) as error:
-        shown = re.sub(r"(?<=://)[^/]*@|\?.*", "", str(folder))  # without what may be secret
+        shown = re.sub(r"(?<=://)([^/]*:.*@|[^/]*@)|\?.*", "", str(folder))  # without what may be secret
         raise ValueError(f"{shown} cannot be opened ({error}); give a local path or s3://bucket/key") from error
 
 
 @lru_cache(maxsize=256)
 def _remote(uri: str) -> tuple[fs.FileSystem, str]:
     """(file system, path in it) of a URI. One of S3 tries each request up to ten times, and for longer than pyarrow's own."""
-    parts = urlsplit(uri)
-    if parts.scheme != "s3":
+    if not uri.startswith("s3://"):
         return fs.FileSystem.from_uri(uri)
-    if parts.username or parts.query:
+    bucket, _, key = uri.removeprefix("s3://").partition("/")  # not as a URL: a key may hold what has a meaning there, # for one
+    if "@" in bucket or ":" in bucket or "?" in uri:
         raise ValueError(
             "endpoint, region and credentials come from the environment or the machine's role, never from an address"
         )
@@ -72,12 +74,12 @@ def _remote(uri: str) -> tuple[fs.FileSystem, str]:
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     options: dict[str, Any] = {"endpoint_override": endpoint, "region": region}
     if not options["endpoint_override"] and not options["region"]:
-        options["region"] = fs.resolve_s3_region(parts.hostname or "")
+        options["region"] = fs.resolve_s3_region(bucket)
     if endpoint:
         _reach(endpoint)
     retry = fs.AwsStandardS3RetryStrategy(max_attempts=10)
     options = {key: value for key, value in options.items() if value}
-    return fs.S3FileSystem(retry_strategy=retry, **options), f"{parts.hostname}{parts.path}"
+    return fs.S3FileSystem(retry_strategy=retry, **options), f"{bucket}/{key}" if key else bucket
 
 
 def _reach(endpoint: str, attempts: int = 5) -> None:
@@ -122,7 +124,19 @@ def writing(files: fs.FileSystem, name: str) -> Iterator[pa.NativeFile]:
     """A stream to `name`, which appears whole or not at all."""
     with files.open_output_stream(name + ".tmp") as stream:
         yield stream
-    files.move(name + ".tmp", name)
+        size = stream.tell()
+    if size < MOST_COPIED:
+        files.move(name + ".tmp", name)
+    else:
+        _copy(files, name + ".tmp", files, name)
+        files.delete_file(name + ".tmp")
+
+
+def _copy(source: fs.FileSystem, name: str, destination: fs.FileSystem, other: str) -> None:
+    """A file, through this process."""
+    with source.open_input_stream(name) as read, destination.open_output_stream(other) as out:
+        while piece := read.read(2**24):
+            out.write(piece)
 
 
 def write_text(files: fs.FileSystem, name: str, text: str) -> None:
@@ -179,12 +193,16 @@ def written(folder: str | Path) -> Iterator[Path]:
 
 
 def replace_folder(source: str, destination: str) -> None:
-    """Put a copy of the folder `source` in the place of `destination`, both local or in one store."""
+    """Put a copy of the folder `source` in the place of `destination`."""
     files, there = located(destination)
     if files.get_file_info(there).type == fs.FileType.Directory:
         files.delete_dir(there)
-    files.create_dir(there, recursive=True)
-    retried(lambda: fs.copy_files(located(source)[1], there, source_filesystem=files, destination_filesystem=files))
+    read, out = open_folder(source), open_folder(destination, create=True)
+    for one in read.get_file_info(fs.FileSelector("", recursive=True)):
+        if one.is_file:
+            if "/" in one.path:
+                out.create_dir(os.path.dirname(one.path), recursive=True)
+            retried(partial(_copy, read, one.path, out, one.path))  # not copy_files: S3 copies 5 GB at most by itself
 
 
 def lock(name: str) -> FileLock:

@@ -30,6 +30,11 @@ def stretch(band_HW: np.ndarray, valid_HW: np.ndarray, limits: tuple[float, floa
     return np.where(valid_HW, np.clip(np.nan_to_num(scaled), 0, 255), 0).astype(np.uint8)
 
 
+def strength(bands: np.ma.MaskedArray) -> np.ma.MaskedArray:
+    """The amplitudes of complex numbers, as SAR has them before detection; other bands as they are."""
+    return np.ma.abs(bands) if np.iscomplexobj(bands) else bands
+
+
 def _deep(image: Image.Image, data: bytes) -> bool:
     """Has it more than 8 bits a band, of which Pillow would keep the upper ones?"""
     if isinstance(image, TiffImageFile):
@@ -71,7 +76,7 @@ def displayable(data: bytes, record: str, bands: list[int], max_pixels: int = MA
                 if max(wanted) > raster.count:
                     reason = f"has {raster.count} bands, but data.bands asks for {max(wanted)}"
                     raise BadRecord(record, "image", reason)
-                read = raster.read(wanted, masked=True)
+                read = strength(raster.read(wanted, masked=True))
     except (RasterioError, OSError, ValueError) as error:
         if isinstance(error, BadRecord):
             raise

@@ -129,10 +129,15 @@ def open_image(data: bytes, record: str) -> Image.Image:
         raise BadRecord(record, "image", f"cannot be decoded ({error})") from error
 
 
+def check_special(text: str) -> str | None:
+    """The reason why a text would be read as more than a text, or None."""
+    special = next((token for token in (IMAGE, BOS, EOS, PAD) if token in text), None)
+    return f"holds the special token {special}" if special else None
+
+
 def check_text(text: str) -> str | None:
     """The reason why a question or an answer cannot be used, or None."""
-    special = next((token for token in (IMAGE, BOS, EOS, PAD) if token in text), None)
-    return f"holds the special token {special}" if special else check_boxes(text)
+    return check_special(text) or check_boxes(text)
 
 
 def validate(record: ImageRecord) -> ImageRecord:

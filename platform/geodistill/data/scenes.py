@@ -23,9 +23,9 @@ from rasterio.windows import Window
 from shapely import Polygon, STRtree
 
 from geodistill.data.files import open_folder
-from geodistill.data.imagery import PERCENTILES, stretch
+from geodistill.data.imagery import PERCENTILES, strength, stretch
 from geodistill.data.record import BadRecord
-from geodistill.language import box_corners, labelled_boxes
+from geodistill.language import box_corners, kind_of, labelled_boxes
 
 os.environ.setdefault("GDAL_CACHEMAX", "128")  # MB of blocks that GDAL keeps; its own choice is a twentieth of the memory
 OVERVIEW = 1024  # pixels of a side of the reading that decides how deep images are shown
@@ -46,8 +46,9 @@ class Tile:
 
 @dataclass(frozen=True)
 class Found:
-    """Something in a scene. corners: four, in pixels; score: 0-1, how sure the model was of the words; edge: pixels from the box
-    to the nearest edge of its tile that is not one of the scene (negative: beyond it)."""
+    """Something in a scene. label: what it is; phrase: as the model put it, "2 ships"; corners: four, in pixels; score: 0-1, how
+    sure the model was of the words; edge: pixels from the box to the nearest edge of its tile that is not one of the scene
+    (negative: beyond it)."""
 
     label: str
     corners: tuple[tuple[float, float], ...]
@@ -55,6 +56,7 @@ class Found:
     score: float
     edge: float
     question: str = ""
+    phrase: str = ""
 
     @property
     def polygon(self) -> Polygon:
@@ -94,6 +96,11 @@ class Scene:
             self.raster.close()
 
     @property
+    def placed(self) -> bool:
+        """Has it coordinates that lead to longitude and latitude? A drawing's own, of a mosaic without a place, do not."""
+        return self.crs is not None and (self.crs.is_geographic or self.crs.is_projected)
+
+    @property
     def limits(self) -> list[tuple[float, float]] | None:
         """The values shown as 0 and 255 of each band, the same in every tile; None where bands have 8 bits."""
         if all(self.raster.dtypes[band - 1] == "uint8" for band in self.bands):
@@ -101,7 +108,7 @@ class Scene:
         if self._limits is None:
             shrink = max(1.0, max(self.width, self.height) / OVERVIEW)
             shape = (len(self.bands), math.ceil(self.height / shrink), math.ceil(self.width / shrink))
-            read = self.raster.read(self.bands, out_shape=shape, masked=True)
+            read = strength(self.raster.read(self.bands, out_shape=shape, masked=True))
             self._limits = []
             for band in read:
                 values = band.compressed()
@@ -114,7 +121,7 @@ class Scene:
         """A tile as a model sees it, RGB; None where the scene has no data."""
         with self.lock:
             limits: Sequence[tuple[float, float] | None] = self.limits or [None] * len(self.bands)
-            read = self.raster.read(self.bands, window=Window(tile.x, tile.y, tile.width, tile.height), masked=True)
+            read = strength(self.raster.read(self.bands, window=Window(tile.x, tile.y, tile.width, tile.height), masked=True))
         valid = ~np.ma.getmaskarray(read) & np.isfinite(read.data)
         if not valid.any():
             return None
@@ -126,23 +133,25 @@ class Scene:
 
     def geojson(self, found: Sequence[Found], geographic: bool, **properties: Any) -> dict:
         """What was found as a FeatureCollection: in longitude and latitude, or in the scene's own coordinates (pixels where it
-        has none). Raises ValueError for a scene without coordinates that is asked for geographic ones."""
-        if geographic and self.crs is None:
-            raise ValueError(f"{self.name} has no coordinate system: there are no geographic coordinates")
+        has none). Raises ValueError for a scene that is not `placed` and is asked for geographic ones."""
+        if geographic and not self.placed:
+            raise ValueError(f"{Path(self.name).name} has no coordinate system that leads to longitude and latitude")
+        xs, ys = ([corner[i] for one in found for corner in one.corners] for i in (0, 1))
+        if self.crs and found:
+            xs, ys = xy(self.raster.transform, ys, xs, offset="ul")
+        if geographic and found:
+            xs, ys = to_crs(self.crs, GEOGRAPHIC, xs, ys)
+        digits = 8 if geographic or (self.crs and self.crs.is_geographic) else 3
+        places = [[round(float(x), digits), round(float(y), digits)] for x, y in zip(xs, ys, strict=True)]
         features = []
-        for one in found:
-            xs, ys = map(list, zip(*one.corners, strict=True))
-            if self.crs:
-                xs, ys = xy(self.raster.transform, ys, xs, offset="ul")
-            if geographic:
-                xs, ys = to_crs(self.crs, GEOGRAPHIC, xs, ys)
-            digits = 8 if geographic or (self.crs and self.crs.is_geographic) else 3
-            ring = [[round(float(x), digits), round(float(y), digits)] for x, y in zip(xs, ys, strict=True)]
+        for i, one in enumerate(found):
+            ring = places[4 * i : 4 * i + 4]
             if Polygon(ring).exterior.is_ccw is False:  # outer rings run counter-clockwise (RFC 7946)
                 ring = ring[::-1]
             pixels = [[round(x, 1), round(y, 1)] for x, y in one.corners]
             told = {
                 "label": one.label,
+                "phrase": one.phrase,
                 "score": round(one.score, 4),
                 "angle": one.angle,
                 "question": one.question,
@@ -173,7 +182,7 @@ def found_in(tile: Tile, scene: Scene, question: str, answer: str, score: float,
         room += [tile.width - max(xs)] if tile.x + tile.width < scene.width else []
         room += [tile.height - max(ys)] if tile.y + tile.height < scene.height else []
         places = tuple((tile.x + x, tile.y + y) for x, y in corners)
-        found.append(Found(label, places, box.theta, score, min(room), question))
+        found.append(Found(kind_of(label), places, box.theta, score, min(room), question, label))
     return found
 
 
@@ -219,7 +228,7 @@ def write_geojson(scene: Scene, found: Sequence[Found], stem: Path, **properties
     stem.parent.mkdir(parents=True, exist_ok=True)
     written = []
     for suffix, geographic in ((".geojson", True), (".scene.geojson", False)):
-        if geographic and scene.crs is None:
+        if geographic and not scene.placed:
             continue
         file = stem.with_name(stem.name + suffix)
         part = stem.with_name(stem.name + suffix + ".tmp")

@@ -226,12 +226,13 @@ def forbidden_tokens(tokenizer, vocabulary: int) -> Tensor:
     return forbidden
 
 
-def image_side(model, given: int) -> int:
-    """Pixels of a side of the square that images are brought to: `given`, or what the tower sees. Raises ValueError."""
-    side = given or getattr(model.config.vision_config, "image_size", 0)
+def image_side(config, given: int) -> int:
+    """Pixels of a side of the square that images are brought to: `given`, or what the tower sees, by the transformers config of a
+    model. Raises ValueError."""
+    side = given or getattr(config.vision_config, "image_size", 0)
     side = side[0] if isinstance(side, list | tuple) else side
     if not side:
-        raise ValueError(f"{type(model).__name__} takes images of any size: set image_size=PIXELS, the side they are brought to")
+        raise ValueError(f"{config.model_type} takes images of any size: set image_size=PIXELS, the side they are brought to")
     return side
 
 

@@ -58,7 +58,7 @@ class Shape:
 def architecture(sizes: ModelConfig, vocabulary: int) -> LlavaConfig:
     """The transformers config of a model that is made from the settings (its tower: of the folder `sizes.tower`, if given)."""
     if sizes.tower:
-        found = AutoConfig.from_pretrained(sizes.tower)
+        found = AutoConfig.from_pretrained(local(sizes.tower, weights=False))
         tower = getattr(found, "vision_config", found)
     else:
         with torch.device("meta"):

@@ -31,7 +31,7 @@ class Reader:
         self.device = torch.device(device)
         self.tokenizer = processor.tokenizer
         self.model = row_model(model, processor.image_processor, vocabulary=len(self.tokenizer)).to(self.device).eval()
-        self.size = assemble.image_side(model, image_size)
+        self.size = assemble.image_side(model.config, image_size)
         image_token = self.tokenizer.convert_ids_to_tokens(self.model.image_token)
         with torch.no_grad():
             tokens = self.model.image_tokens(self.size)

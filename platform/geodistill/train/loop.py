@@ -48,6 +48,8 @@ def worker(job: dict) -> dict[str, int]:
     corpus = run.stream(run.config.distill.pretrain_splits, run.config.seed + 10**6) if run.with_pretrain else iter(())
     validation = list(read_split(run.config, "val", run.spec, train.images_per_micro_batch, run.rank, run.world))
     exported = progress.step > 0 and exists(open_folder(run.stage.folder), "model/config.json")
+    if not exported:  # no model that the best loss so far would belong to
+        progress.best = math.inf
     report = Reporter(run.config, run.stage, run.resume, run.rank, run.device)
 
     for step in range(progress.step, train.steps):
@@ -82,6 +84,10 @@ def worker(job: dict) -> dict[str, int]:
             report.publish()
             run.checkpoints.save(run.engine, progress, report.state())
     run.checkpoints.wait()
+    if progress.step == train.steps and not exported:  # finished before: its folder was lost, its checkpoints lie elsewhere
+        if run.rank == 0:
+            print(f"[{run.stage.name}] its model was gone: it is made again from the last step's checkpoint", flush=True)
+        run.export()
     report.close()
     return {"step": progress.step}
 

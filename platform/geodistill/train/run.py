@@ -143,7 +143,7 @@ class Run:
     def _read_images(self, student: RowModel, teacher: RowModel | None, tokenizer: str) -> None:
         """Make the packer, and let both models show that they read what it packs."""
         train, readers = self.stage.train, [student] if teacher is None else [student, teacher]
-        side = assemble.image_side(self.model, self.config.image_size)
+        side = assemble.image_side(self.model.config, self.config.image_size)
         with torch.no_grad():
             tokens = student.image_tokens(side)
         image_token = self.processor.tokenizer.convert_ids_to_tokens(student.image_token)

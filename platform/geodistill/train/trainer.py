@@ -1,14 +1,12 @@
 """fit: one training stage as a Ray TorchTrainer, skipped where it is finished, resumed where it was interrupted."""
 
-import asyncio
 import hashlib
 import json
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,10 +14,9 @@ import ray
 from pyarrow.fs import FileType
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchTrainer
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from geodistill.cli import JobFailed, JobStopped
-from geodistill.cluster import can_grow, wait_for
+from geodistill.cluster import Nodes, need, places, total
 from geodistill.config import ClusterConfig, Config, ModelConfig, TrainConfig, as_yaml
 from geodistill.data.features import load_features
 from geodistill.data.files import exists, located, open_folder, read_json, write_json, write_text
@@ -27,6 +24,7 @@ from geodistill.data.shards import load_manifest
 from geodistill.models import assemble
 from geodistill.models.pair import check_stage_pair
 from geodistill.train.checkpoint import newest_step
+from geodistill.train.notice import notice_of_sigterm
 from geodistill.train.stage import Stage, checkpoints_of
 
 
@@ -84,14 +82,14 @@ def _need_same(folder: str, was: str, old: dict, new: dict, free: tuple[str, ...
 
 
 def is_finished(folder: str, settings: dict) -> bool:
-    """Whether `folder` holds a finished stage of the same settings.
+    """Whether `folder` holds a finished stage of the same settings, with its model.
 
     Raises ValueError, with the remedy, if it was finished, or begun, with other ones.
     """
     files = open_folder(folder)
     if exists(files, "done.json"):
         _need_same(folder, "finished", read_json(files, "done.json")["settings"], settings)
-        return True
+        return exists(files, "model/config.json")
     if exists(files, "settings.json") and files.get_file_info("ray").type == FileType.Directory:
         _need_same(folder, "begun", read_json(files, "settings.json"), settings, REMEDIES)
     return False
@@ -102,29 +100,45 @@ def resources_of_worker(cluster: ClusterConfig) -> dict[str, float]:
     return {"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.use_gpu else {})}
 
 
-def workers_that_fit(cluster: ClusterConfig, train: TrainConfig, have: dict[str, float]) -> int:
-    """The most workers, from cluster.min_workers (0: all) to cluster.workers, that the resources `have` hold beside half a CPU
-    for data, and among whom the micro-batches of a step can be divided; 0 where there are none."""
+def workers_that_fit(cluster: ClusterConfig, train: TrainConfig, nodes: Nodes) -> int:
+    """The most workers, from cluster.min_workers (0: all) to cluster.workers, that `nodes` hold beside half a CPU for data, and
+    among whom the micro-batches of a step can be divided; 0 where there are none."""
+    room, cpus = places(nodes, cluster.cpus_per_worker, cluster.use_gpu), total(nodes, "CPU")
     for workers in range(cluster.workers, (cluster.min_workers or cluster.workers) - 1, -1):
-        enough = have.get("CPU", 0) >= workers * cluster.cpus_per_worker + 0.5
-        enough &= not cluster.use_gpu or have.get("GPU", 0) >= workers
+        enough = workers <= room and cpus >= workers * cluster.cpus_per_worker + 0.5
         if enough and train.images_per_step % (train.images_per_micro_batch * workers) == 0:
             return workers
     return 0
 
 
-def check_resources(config: Config, train: TrainConfig) -> int:
-    """The number of workers to begin with. Raises ValueError where Ray would wait for nodes."""
-    cluster, have = config.cluster, ray.cluster_resources()
-    workers = workers_that_fit(cluster, train, have)
-    if workers == 0:
-        least = cluster.min_workers or cluster.workers
-        need = f"{least * cluster.cpus_per_worker + 0.5:g} CPUs (0.5 CPU of it for data)"
-        need += f" and {least} GPUs" if cluster.use_gpu else ""
-        raise ValueError(
-            f"cluster.workers={cluster.workers} needs at least {need}, but this Ray has {have.get('CPU', 0):g} "
-            f"CPUs and {have.get('GPU', 0):g} GPUs; lower cluster.workers, cluster.cpus_per_worker or set cluster.use_gpu=false"
-        )
+def lacking(cluster: ClusterConfig, nodes: Nodes) -> str:
+    """What is told where no number of workers fits."""
+    least = cluster.min_workers or cluster.workers
+    needed = f"{least * cluster.cpus_per_worker + 0.5:g} CPUs (0.5 CPU of it for data)"
+    needed += f" and {least} GPUs" if cluster.use_gpu else ""
+    have = f"{total(nodes, 'CPU'):g} CPUs and {total(nodes, 'GPU'):g} GPUs"
+    have += f", on {len(nodes)} nodes with room for {places(nodes, cluster.cpus_per_worker, cluster.use_gpu)} such workers"
+    return (
+        f"cluster.workers={cluster.workers} needs at least {needed}, but this Ray has {have}; lower cluster.workers, "
+        "cluster.cpus_per_worker or set cluster.use_gpu=false"
+    )
+
+
+def bundles_of(cluster: ClusterConfig) -> list[dict[str, float]]:
+    """What a stage asks an autoscaler for."""
+    return [resources_of_worker(cluster)] * cluster.workers + [{"CPU": 0.5}]
+
+
+def workers_of(config: Config, stage: Stage, told: threading.Event, again: bool = False) -> int:
+    """The number of workers to begin with, or to go on with after a failure, once nodes have them: waits up to cluster.wait.
+    Raises ValueError where they do not come, JobStopped where `told` is set."""
+    cluster = config.cluster
+    arguments = partial(workers_that_fit, cluster, stage.train), partial(lacking, cluster), bundles_of(cluster), cluster.wait
+    workers = need(stage.name, *arguments, told, again)
+    if not workers:
+        raise JobStopped(f"[{stage.name}] stopped while it waited for nodes; run the same command again to go on")
+    if workers < cluster.workers:
+        print(f"[{stage.name}] goes on with {workers} of {cluster.workers} workers", flush=True)
     return workers
 
 
@@ -144,45 +158,6 @@ def check_stage(config: Config, stage: Stage) -> None:
     check_stage_pair(config, stage)
 
 
-class Notice:
-    """An actor that tells the workers of a stage that it shall stop."""
-
-    def __init__(self) -> None:
-        self.given = asyncio.Event()
-
-    async def give(self) -> None:
-        self.given.set()
-
-    async def wait(self) -> None:
-        await self.given.wait()
-
-
-@contextmanager
-def _stop_at_sigterm(notice) -> Iterator[None]:
-    """Inside: SIGTERM to this process has the workers make a checkpoint and stop, in place of ending the process at once."""
-    if threading.current_thread() is not threading.main_thread():  # Python has signals for the main thread alone
-        yield
-        return
-    told, ended = threading.Event(), threading.Event()
-
-    def tell() -> None:
-        told.wait()
-        if not ended.is_set():
-            print("SIGTERM: the workers make a checkpoint and stop", flush=True)
-            notice.give.remote()
-
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: not Python's
-        ended.set()
-        told.set()
-        teller.join()
-
-
 def fit(config: Config, stage: Stage, work: Callable[[dict], dict] | None = None, callbacks: Sequence[UserCallback] = ()) -> None:
     """Train one stage to its end, on fewer workers and again where some are lost (cluster.min_workers, cluster.max_failures).
 
@@ -196,24 +171,15 @@ def fit(config: Config, stage: Stage, work: Callable[[dict], dict] | None = None
     if is_finished(stage.folder, settings):
         print(f"[{stage.name}] finished before, in {stage.folder}", flush=True)
         return
-    try:
-        workers = check_resources(config, stage.train)
-    except ValueError as lacks:
-        if not can_grow():
-            raise
-        print(f"[{stage.name}] {lacks}; until then it waits, up to {config.cluster.wait:.0f} s, for nodes that join", flush=True)
-        workers = _wait_for_workers(config, stage)
-    files = open_folder(stage.folder, create=True)
-    write_json(files, "settings.json", settings)
-    write_text(files, "config.yaml", as_yaml(config))
-    where = checkpoints_of(config, stage)
-    kept = {k: v for k, v in _flatten(settings).items() if k not in REMEDIES}
-    identity = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-    began, at, failures = time.time(), newest_step(where), 0
-    # on the node of this process: what a lost node held would be taken for the notice
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    notice = ray.remote(Notice).options(num_cpus=0, scheduling_strategy=here).remote()
-    with _stop_at_sigterm(notice):
+    with notice_of_sigterm() as (notice, told):
+        workers = workers_of(config, stage, told)
+        files = open_folder(stage.folder, create=True)
+        write_json(files, "settings.json", settings)
+        write_text(files, "config.yaml", as_yaml(config))
+        where = checkpoints_of(config, stage)
+        kept = {k: v for k, v in _flatten(settings).items() if k not in REMEDIES}
+        identity = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+        began, at, failures = time.time(), newest_step(where), 0
         while True:
             try:
                 step = _attempt(config, stage, identity, workers, work or _worker, notice, callbacks)["step"]
@@ -224,20 +190,22 @@ def fit(config: Config, stage: Stage, work: Callable[[dict], dict] | None = None
                 failures = 1 if now > at else failures + 1
                 at = now
                 limit = retries(reason, config.cluster.max_failures)
-                told = f"[{stage.name}] {_last_line(reason).removeprefix(f'[{stage.name}] ')}"
+                said = f"[{stage.name}] {_last_line(reason).removeprefix(f'[{stage.name}] ')}"
                 if failures > limit:
-                    raise TrainingFailed(told) from error
+                    raise TrainingFailed(said) from error
                 print(
-                    f"{told} - goes on from step {at} (failure {failures} of {limit} without a new checkpoint)",
+                    f"{said} - goes on from step {at} (failure {failures} of {limit} without a new checkpoint)",
                     flush=True,
                 )
                 print(f"[{stage.name}] waits up to {config.cluster.wait:.0f} s for workers", flush=True)
-                workers = _wait_for_workers(config, stage)
+                workers = workers_of(config, stage, told, again=True)
     if step < stage.train.steps:
         raise JobStopped(f"[{stage.name}] stopped at step {step} of {stage.train.steps}; run the same command again to go on")
     seconds = time.time() - began
     write_json(files, "done.json", {"seconds": seconds, "settings": settings})
     print(f"[{stage.name}] done in {seconds:.0f} s: {stage.folder}/model", flush=True)
+    if told.is_set():
+        raise JobStopped(f"[{stage.name}] was done when SIGTERM came; run the same command again for what comes next")
 
 
 def _worker(job: dict) -> dict:
@@ -298,15 +266,3 @@ def _last_line(error: BaseException) -> str:
         return "a worker died: it was killed, ran out of memory, or its node was lost"
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__
-
-
-def _wait_for_workers(config: Config, stage: Stage) -> int:
-    """The number of workers to go on with, once nodes have them; waits up to cluster.wait seconds. Raises ValueError."""
-    cluster = config.cluster
-    bundles = [resources_of_worker(cluster)] * cluster.workers
-    workers = wait_for(lambda have: workers_that_fit(cluster, stage.train, have), bundles, cluster.wait)
-    if not workers:
-        return check_resources(config, stage.train)
-    if workers < config.cluster.workers:
-        print(f"[{stage.name}] goes on with {workers} of {config.cluster.workers} workers", flush=True)
-    return workers
