@@ -12,12 +12,12 @@ import os
 import tempfile
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import aiohttp
-import numpy as np
 from fastapi import Depends, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from rasterio.errors import RasterioError
@@ -29,13 +29,14 @@ from geodistill.data.files import absolute_path, local
 from geodistill.data.imagery import DRIVERS
 from geodistill.data.record import BadRecord, check_text
 from geodistill.data.scenes import Found, Scene, Tile, found_in, merged, open_scene, tiles
+from geodistill.data.stream import square
 from geodistill.language import GROUNDING
 from serving import openai
-from serving.client import Models
+from serving.client import READY, Models, Show
 from serving.gate import ERRORS, PAGE, TOKEN, Limit, app, authorised
 from serving.model import Asked, Model, Said, new_seed
 from serving.openai import ChatRequest, Refused
-from serving.pictures import preview_of, sample_scenes, see, see_tile
+from serving.pictures import opened, preview_of, sample_scenes
 from serving.settings import Settings
 
 QUIET = {"enable_access_log": False}  # a line a request costs more than many an answer; Prometheus has the figures
@@ -44,6 +45,7 @@ POLICY = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'
 
 @serve.deployment(
     max_ongoing_requests=4096,
+    max_surge_percent=100,
     logging_config=QUIET,
     ray_actor_options={"num_cpus": 0.25, "runtime_env": {"env_vars": ENVIRONMENT}},
 )
@@ -67,7 +69,7 @@ class Api:
         """Every model answers."""
         for name in self.models.handles:
             try:
-                await self.models.size(name, again=True)
+                await self.models.size(name, READY, again=True)
             except Refused as refused:
                 if refused.status != 429:  # busy is ready
                     raise
@@ -86,22 +88,23 @@ class Api:
         turns, url = openai.conversation(request)
         data = openai.data_url(url)
         image = await self._fetch(url) if data is None else data
-        size = await self.models.size(request.model)
-        arguments = image, size, self.settings.max_pixels
-        pixels, width, height = await asyncio.get_running_loop().run_in_executor(None, see, *arguments)
+        loop = asyncio.get_running_loop()
+        picture, width, height = await loop.run_in_executor(None, opened, image, self.settings.max_pixels)
+        show = partial(square, picture)
         stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
         asked = Asked(
-            turns, pixels, request.max_completion_tokens or request.max_tokens, request.temperature or 0.0,
-            request.top_p or 1.0, new_seed() if request.seed is None else request.seed % 2**63, stop, self.settings.timeout,
+            turns, limit=request.max_completion_tokens or request.max_tokens, temperature=request.temperature or 0.0,
+            top_p=request.top_p or 1.0, seed=new_seed() if request.seed is None else request.seed % 2**63, stop=stop,
+            seconds=self.settings.timeout,
         )  # fmt: skip
         question = turns[-1][0]
         if request.stream:
-            growing = self.models.grow(request.model, asked)
+            growing = self.models.grow(request.model, asked, show)
             first = await anext(growing)  # what is refused is refused with its status, before the answer begins
             return StreamingResponse(
                 self._events(request, first, growing, question, (width, height)), media_type="text/event-stream"
             )
-        said = await self.models.ask(request.model, asked)
+        said = await self.models.ask(request.model, asked, show)
         boxes = openai.boxes_of(said.text, question, width, height, self.settings.angle_counter_clockwise)
         tokens = openai.usage(said.prompt, said.tokens)
         return JSONResponse(openai.completion(openai.new_id(), request.model, said.text, boxes, said.reason or "stop", tokens))
@@ -120,7 +123,7 @@ class Api:
         """Look at a whole GeoTIFF, the body of the request, tile by tile: what was found, as GeoJSON in longitude and latitude
         (geographic=false: in the scene's own coordinates). tile, overlap: pixels; 0, -1: what the model sees, and a quarter."""
         self._need(model, question)
-        size = await self.models.size(model)
+        size = await self.models.size(model, self.settings.timeout)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "scene"
             with file.open("wb") as out:
@@ -134,9 +137,13 @@ class Api:
                         raise Refused(400, f"overlap={overlap} must be smaller than a tile ({side} pixels)", "overlap")
                     if math.ceil(scene.width / step) * math.ceil(scene.height / step) > self.settings.max_tiles:
                         raise Refused(400, f"the scene has more than {self.settings.max_tiles} tiles of {side} pixels", "tile")
+                    if geographic and not scene.placed:
+                        raise Refused(400, "the scene has no coordinates on the earth; ask with geographic=false", "geographic")
                     cut = tiles(scene.width, scene.height, side, side - step)
-                    found = await self._look(model, scene, cut, question, size)
-                    return JSONResponse(scene.geojson(merged(found, iou), geographic, model=model))
+                    found = await self._look(model, scene, cut, question)
+                    draw = partial(scene.geojson, geographic=geographic, model=model)
+                    loop = asyncio.get_running_loop()
+                    return JSONResponse(await loop.run_in_executor(None, lambda: draw(merged(found, iou))))
             except BadRecord as error:
                 raise Refused(400, error.reason) from error
             except ValueError as error:
@@ -147,15 +154,15 @@ class Api:
                     raise Refused(400, f"the scene cannot be read ({first})") from errors
                 raise first from errors
 
-    async def _look(self, model: str, scene: Scene, cut: list[Tile], question: str, size: int) -> list[Found]:
+    async def _look(self, model: str, scene: Scene, cut: list[Tile], question: str) -> list[Found]:
         """What a model finds in the tiles `cut` of a scene; so many of them at a time as a replica answers together."""
         loop, places = asyncio.get_running_loop(), asyncio.Semaphore(self.settings.batch)
         found: list[Found] = []
 
-        async def look(tile: Tile, pixels: np.ndarray) -> None:
+        async def look(tile: Tile, show: Show) -> None:
             try:
-                asked = Asked([(question, None)], pixels, seconds=self.settings.timeout)
-                said = await self.models.ask(model, asked, waits=True)
+                asked = Asked([(question, None)], seconds=self.settings.timeout)
+                said = await self.models.ask(model, asked, show, waits=True)
                 ccw = self.settings.angle_counter_clockwise
                 found.extend(found_in(tile, scene, question, said.text, said.score, ccw))
             finally:
@@ -164,11 +171,11 @@ class Api:
         async with asyncio.TaskGroup() as group:
             for tile in cut:
                 await places.acquire()
-                pixels = await loop.run_in_executor(None, see_tile, scene, tile, size)
-                if pixels is None:
+                image = await loop.run_in_executor(None, scene.read, tile)
+                if image is None:
                     places.release()
                 else:
-                    group.create_task(look(tile, pixels))
+                    group.create_task(look(tile, partial(square, image)))
         return found
 
     def _need(self, model: str, text: str = "?") -> None:
@@ -265,6 +272,7 @@ def models_of(settings: Settings, student: str = "student") -> dict[str, serve.A
             name=name,
             max_ongoing_requests=settings.batch + settings.batch // 2,  # the next ones are there when a place becomes free
             max_queued_requests=settings.queue,
+            max_surge_percent=settings.surge,
             ray_actor_options={
                 "num_cpus": settings.cpus,
                 "num_gpus": settings.gpus,
@@ -280,8 +288,7 @@ def models_of(settings: Settings, student: str = "student") -> dict[str, serve.A
             graceful_shutdown_timeout_s=settings.timeout,
             logging_config=QUIET,
         )
-        sizes = settings.max_tokens, settings.batch, 2 * settings.batch, settings.prefix_mb
-        models[name] = deployment.bind(absolute_path(folder), name, *sizes, settings.threads, settings.gpus > 0)
+        models[name] = deployment.bind(absolute_path(folder), name, settings)
     return models
 
 

@@ -12,22 +12,26 @@ import torch
 from ray.util import metrics
 
 from serving.engine import Engine, Full, Request, TooLate, content_key
+from serving.settings import Settings
 
 SECONDS = [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60]
 
 
 @dataclass
 class Asked:
-    """A conversation, and the image it is about as the model sees it, uint8 [S, S, 3]."""
+    """A conversation, and the image it is about as the model sees it, uint8 [S, S, 3]; the client puts it in."""
 
     turns: list[tuple[str, str | None]]
-    pixels: np.ndarray
+    pixels: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 3), np.uint8))
     limit: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
     stop: list[str] = field(default_factory=list)
     seconds: float = 60.0
+
+
+OTHER_SIZE = 409  # status: the model sees images of another size, `Said.text`
 
 
 @dataclass
@@ -44,13 +48,14 @@ class Said:
 
 
 class Model:
-    """folder: as distill.py writes it. max_tokens: of an answer, at most."""
+    """folder: as distill.py writes it."""
 
-    def __init__(self, folder: str, name: str, max_tokens: int, batch: int, queue: int, prefix_mb: int, threads: int, gpu: bool):
-        torch.set_num_threads(threads)
-        device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
-        self.engine = Engine(folder, device, dtype, batch, queue, prefix_mb * 2**20)
-        self.max_tokens = max_tokens
+    def __init__(self, folder: str, name: str, settings: Settings):
+        torch.set_num_threads(settings.threads)
+        device, dtype = ("cuda", torch.bfloat16) if settings.gpus else ("cpu", torch.float32)
+        kept, queue = settings.prefix_mb * 2**20, 2 * settings.batch  # Serve counts those that wait for the replica
+        self.engine = Engine(folder, device, dtype, settings.batch, queue, kept, settings.image_size)
+        self.max_tokens = settings.max_tokens
         tags = {"model": name}
         self.requests = metrics.Counter("geodistill_requests", "answers, by how they ended", ("model", "ended"))
         self.requests.set_default_tags(tags)
@@ -83,6 +88,9 @@ class Model:
     async def stream(self, asked: Asked, streams: bool = True) -> AsyncIterator[Said]:
         """The answer as it grows, each time the whole text so far."""
         start = time.monotonic()
+        if len(asked.pixels) != self.engine.reader.size:  # made for the replica of another student
+            yield Said(str(self.engine.reader.size), status=OTHER_SIZE)
+            return
         try:
             prompt = self.engine.reader.prompt(asked.turns)
         except ValueError as error:
@@ -116,11 +124,11 @@ class Model:
         except Full:
             yield self._ended(Said("too many requests wait for this model; try again in a second", status=429), start)
             return
-        except RuntimeError as error:  # of the model: the replica is lost
-            yield self._ended(Said(f"the model stopped ({error})", status=503), start)
-            return
         except TooLate:
             yield self._ended(Said(f"the answer took longer than {asked.seconds:g} s", status=504), start)
+            return
+        except Exception as error:  # of the model: the replica is lost
+            yield self._ended(Said(f"the model stopped ({type(error).__name__}: {error})", status=503), start)
             return
         count = len(request.tokens)
         text, stopped = self._text(request.tokens, asked.stop)

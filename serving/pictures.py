@@ -1,45 +1,41 @@
 """Images on their way in: what a model sees of them, what a browser can show, and scenes to try."""
 
 import functools
+import struct
+from contextlib import suppress
 
-import numpy as np
+from PIL import Image, ImageOps
 
 from geodistill.data import synthetic
 from geodistill.data.imagery import displayable, encode
 from geodistill.data.record import BadRecord, open_image
-from geodistill.data.scenes import Scene, Tile
-from geodistill.data.stream import square
 from serving.openai import Refused
 
 PREVIEW, LONGEST = 1024, 4096  # pixels of a side
 SAMPLES, SAMPLES_SEED = 8, 7
 
 
-def see(data: bytes, size: int, max_pixels: int) -> tuple[np.ndarray, int, int]:
-    """Encoded image -> (uint8 [size, size, 3] as the model sees it, width, height in pixels). Raises Refused."""
+def opened(data: bytes, max_pixels: int, field: str = "image_url") -> tuple[Image.Image, int, int]:
+    """Encoded image -> (RGB, upright as a browser shows it and LONGEST pixels a side at most; width, height of the whole in
+    pixels). Raises Refused."""
     try:
-        shown, width, height = displayable(data, "image_url", [], max_pixels)
-        picture = open_image(shown, "image_url")
+        shown, width, height = displayable(data, field, [], max_pixels)
+        picture = open_image(shown, field)
     except BadRecord as error:
-        raise Refused(400, f"image_url: {error.reason}", "image_url") from error
+        raise Refused(400, f"{field}: {error.reason}", field) from error
+    with suppress(OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):  # what a broken EXIF says is passed over
+        upright = ImageOps.exif_transpose(picture)
+        if upright.size != picture.size:
+            width, height = height, width
+        picture = upright
     if max(picture.size) > LONGEST:  # a strip would be padded to a square of its longer side
         picture.thumbnail((LONGEST, LONGEST))
-    return square(picture, size), width, height
-
-
-def see_tile(scene: Scene, tile: Tile, size: int) -> np.ndarray | None:
-    """A tile of a scene as the model sees it, uint8 [size, size, 3]; None where there is nothing."""
-    image = scene.read(tile)
-    return None if image is None else square(image, size)
+    return picture, width, height
 
 
 def preview_of(data: bytes, max_pixels: int) -> tuple[bytes, int, int]:
     """Encoded image -> (PNG of at most PREVIEW pixels a side, width, height of the whole). Raises Refused."""
-    try:
-        shown, width, height = displayable(data, "image", [], max_pixels)
-        picture = open_image(shown, "image")
-    except BadRecord as error:
-        raise Refused(400, f"image: {error.reason}") from error
+    picture, width, height = opened(data, max_pixels, "image")
     picture.thumbnail((PREVIEW, PREVIEW))
     return encode(picture), width, height
 

@@ -15,6 +15,13 @@ class Settings(BaseModel):
     cpus: float = Field(0.5, gt=0, description="CPUs of a replica [Ray's accounting]")
     gpus: float = Field(0, ge=0, description="GPUs of a replica; 0: it runs on the CPU")
     threads: int = Field(1, ge=1, description="threads of a replica on the CPU")
+    surge: int = Field(
+        0,
+        ge=0,
+        le=100,
+        description="percent of its replicas that start beside the old ones where a student is replaced",
+    )
+    image_size: int = Field(0, ge=0, description="pixels that images are brought to, as in training; 0: what the tower sees")
     batch: int = Field(32, ge=1, description="requests that a replica answers together")
     queue: int = Field(64, ge=0, description="requests that may wait; more get 429 with Retry-After")
     timeout: float = Field(60, gt=0, description="seconds that an answer may take, else 504")

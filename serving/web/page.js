@@ -80,7 +80,11 @@ function another() {
   return label;
 }
 
-$("file").addEventListener("change", () => $("file").files[0] && choose($("file").files[0], $("file").files[0].name));
+$("file").addEventListener("change", () => {
+  const file = $("file").files[0];
+  $("file").value = ""; // or the same file could not be chosen again
+  if (file) choose(file, file.name);
+});
 for (const kind of ["dragenter", "dragover"]) {
   $("drop").addEventListener(kind, (event) => { event.preventDefault(); $("drop").classList.add("over"); });
 }
@@ -153,7 +157,7 @@ $("view").addEventListener("pointermove", (event) => {
   show();
 });
 $("view").addEventListener("pointerup", () => {
-  if (draws && drawn && Math.abs(drawn.x2 - drawn.x1) > 0.01 && Math.abs(drawn.y2 - drawn.y1) > 0.01) identify();
+  if (draws && drawn && drawn.x1 !== drawn.x2) identify();
 });
 $("view").addEventListener("keydown", (event) => {
   const ways = { ArrowLeft: [-STEP, 0], ArrowRight: [STEP, 0], ArrowUp: [0, -STEP], ArrowDown: [0, STEP] };
@@ -163,15 +167,21 @@ $("view").addEventListener("keydown", (event) => {
   const way = ways[event.key];
   if (!way) return;
   event.preventDefault();
-  const clip = (value) => Math.min(1, Math.max(0, value));
-  for (const corner of event.shiftKey ? ["2"] : ["1", "2"]) {
-    drawn[`x${corner}`] = clip(drawn[`x${corner}`] + way[0]);
-    drawn[`y${corner}`] = clip(drawn[`y${corner}`] + way[1]);
+  const corners = event.shiftKey ? ["2"] : ["1", "2"];
+  for (const [axis, step] of [["x", way[0]], ["y", way[1]]]) { // as far as the first corner can go: the box keeps its shape
+    const values = corners.map((corner) => drawn[axis + corner]);
+    const room = Math.min(Math.max(step, -Math.min(...values)), 1 - Math.max(...values));
+    for (const corner of corners) drawn[axis + corner] += room;
   }
   show();
 });
 
+const SMALLEST = 0.01; // of the image's sides: less is a click
+
 function identify() {
+  if (Math.abs(drawn.x2 - drawn.x1) < SMALLEST || Math.abs(drawn.y2 - drawn.y1) < SMALLEST) {
+    return trouble("Draw a larger box: drag with the pointer, or hold Shift with the arrow keys.");
+  }
   const percent = (value) => Math.round(100 * value);
   const [x1, x2] = [drawn.x1, drawn.x2].sort((a, b) => a - b).map(percent);
   const [y1, y2] = [drawn.y1, drawn.y2].sort((a, b) => a - b).map(percent);

@@ -398,6 +398,15 @@ def test_the_page(page, tmp_path, records):
         page.keyboard.press(key)
     expect(page.get_by_label("Question", exact=True)).to_have_value(re.compile(r"\{<29><25><79><52>\|<0>\}"))
     expect(answers).to_have_count(2, timeout=30_000)
+    page.locator("#view").focus()
+    for key in ["ArrowRight"] * 20 + ["Enter"]:  # at the edge it stays as it is
+        page.keyboard.press(key)
+    expect(asked).to_have_value(re.compile(r"\{<50><25><100><52>\|<0>\}"))
+    page.mouse.click(area["x"] + area["width"] * 0.5, area["y"] + area["height"] * 0.5)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("Draw a larger box")
+    page.set_input_files("#file", tmp_path / "scene.png")  # the same file once more
+    expect(page.locator("#about")).to_contain_text("scene.png")
 
 
 def test_the_page_on_a_phone_and_with_a_geotiff(page, tmp_path):

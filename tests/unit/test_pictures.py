@@ -8,8 +8,14 @@ import pytest
 import rasterio
 from PIL import Image
 
+from geodistill.data.stream import square
 from serving.openai import Refused
-from serving.pictures import preview_of, sample_scenes, see
+from serving.pictures import opened, preview_of, sample_scenes
+
+
+def see(data: bytes, size: int, most: int):
+    picture, width, height = opened(data, most)
+    return square(picture, size), width, height
 
 
 def encoded(kind: str) -> bytes:
@@ -71,3 +77,20 @@ def test_images_that_would_fill_the_memory():
 def test_samples_are_pictures():
     for scene, data in sample_scenes():
         assert scene.name and see(data, 64, 10**6)[1:] == (64, 64)
+
+
+@pytest.mark.parametrize(("orientation", "corner"), [(1, (0, 0)), (3, (39, 19)), (6, (19, 0)), (8, (0, 39))])
+def test_a_turned_photograph_is_seen_upright(orientation, corner):
+    """As browsers show it, where boxes are drawn: EXIF's orientation is applied, to the sides too."""
+    picture = Image.new("RGB", (40, 20))
+    picture.paste((255, 255, 255), (0, 0, 8, 8))
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    picture.save(buffer, "JPEG", exif=exif, quality=100)
+    upright, width, height = opened(buffer.getvalue(), 10**6)
+    assert upright.size == (width, height) == ((20, 40) if orientation > 4 else (40, 20))
+    assert (
+        min(upright.getpixel(corner)) > 200
+        and sum(np.asarray(upright.convert("L"))[i, j] > 128 for i in (0, -1) for j in (0, -1)) == 1
+    )
+    assert preview_of(buffer.getvalue(), 10**6)[1:] == (width, height)
