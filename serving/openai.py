@@ -192,5 +192,6 @@ def event(body: dict) -> str:
 
 def error(message: str, status: int, field: str | None = None) -> dict:
     """The body of an answer that is an error."""
-    kind = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-    return {"error": {"message": message, "type": kind.get(status, "server_error"), "param": field, "code": status}}
+    kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    of = kind.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": of, "param": field, "code": status}}
