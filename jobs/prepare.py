@@ -2,6 +2,7 @@
 
 from geodistill.cli import main
 from geodistill.config import Config
+from geodistill.rules import need_source
 
 
 def prepare_job(config: Config) -> None:
@@ -13,4 +14,4 @@ def prepare_job(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main("prepare", prepare_job)
+    main("prepare", prepare_job, check=need_source)

@@ -60,7 +60,7 @@ def main(
         work(config)
         code, said = 0, "done"
     except (ValueError, OSError, JobFailed) as error:
-        code, said = 3 if isinstance(error, JobStopped) else 1, str(error)
+        code, said = 3 if isinstance(error, JobStopped) else 2 if isinstance(error, ConfigError) else 1, str(error)
         print(f"{job}: {error}", file=sys.stderr)
         raise SystemExit(code) from error
     except BaseException as error:

@@ -1,9 +1,11 @@
 """Every setting of every job, typed. Imports neither torch nor ray: a wrong config is refused in under a second.
 
-`load(file, overrides)` reads YAML over the defaults below, then `key=value` overrides, then `validate`s.
+`load(file, overrides)` reads YAML over the defaults below, then `key=value` overrides, then `validate`s. A file may begin with
+`base: OTHER.yaml` (beside it, or absolute): its keys then lie over those of the other.
 """
 
 import difflib
+import os
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -432,7 +434,7 @@ def load(file: str | None, overrides: list[str] | None = None) -> Config:
     for item in overrides or []:
         if "=" not in item:
             raise ConfigError(f"override {item!r} is not of the form key=value")
-    return _resolved(OmegaConf.structured(Config), [_read(file)], overrides or [], file)
+    return _resolved(OmegaConf.structured(Config), _read(file) if file else [], overrides or [], file)
 
 
 def _resolved(tree: Any, parts: list[DictConfig], overrides: list[str], file: str | None) -> Config:
@@ -464,9 +466,8 @@ def changed(config: Config, overrides: list[str]) -> Config:
     return _resolved(OmegaConf.structured(config), [], overrides, None)
 
 
-def _read(file: str | None) -> DictConfig:
-    if file is None:
-        return OmegaConf.create({})
+def _read(file: str, above: tuple[str, ...] = ()) -> list[DictConfig]:
+    """What a file holds, behind what its base holds. above: files whose base this is."""
     if "://" not in file and not Path(file).is_file():
         raise ConfigError(f"config file {file} does not exist; the shipped ones are in configs/")
     try:
@@ -475,7 +476,12 @@ def _read(file: str | None) -> DictConfig:
         raise ConfigError(f"config file {file} is not YAML: {error}") from error
     if not isinstance(found, DictConfig):
         raise ConfigError(f"config file {file} must hold keys and values, not a list or a single value")
-    return found
+    base = found.pop("base", None)
+    if base is None:
+        return [found]
+    if not isinstance(base, str) or file in above:
+        raise ConfigError(f"config file {file}: base={base!r} must be another config file, which does not build on this one")
+    return [*_read(base if "://" in base else os.path.join(os.path.dirname(file), base), (*above, file)), found]
 
 
 def _text(file: str) -> str:

@@ -106,14 +106,6 @@ def validate(config: "Config", space: "dict[str, Domain]") -> None:
     for key in ("workers", "data_tasks", "window", "loss_chunk"):
         need(getattr(config.cluster, key) >= 1, f"cluster.{key}={getattr(config.cluster, key)} must be at least 1")
     data = config.data
-    need(
-        data.source == "synthetic" or data.root != "",
-        f"data.source={data.source} needs data.root=FOLDER, the folder of the raw data set",
-    )
-    need(
-        data.source != "llava" or data.annotations != "",
-        f"data.source={data.source} needs data.annotations=FILE.json",
-    )
     for name in ("unlabelled_fraction", "val_fraction", "test_fraction", "max_rejected"):
         need(0 <= getattr(data, name) <= 1, f"data.{name}={getattr(data, name)} must lie between 0 and 1")
     need(
@@ -266,6 +258,15 @@ def validate(config: "Config", space: "dict[str, Domain]") -> None:
         config.distill.warm_start.method in ("sft", "kd"),
         "distill.warm_start.method must be kd or sft; the on-policy loop is distill.train",
     )
+
+
+def need_source(config: "Config") -> None:
+    """Raise ConfigError where the settings do not say what `prepare` reads; other jobs read shards."""
+    data = config.data
+    if data.source != "synthetic" and not data.root:
+        raise ConfigError(f"data.source={data.source} needs data.root=FOLDER, the folder of the raw data set")
+    if data.source == "llava" and not data.annotations:
+        raise ConfigError(f"data.source={data.source} needs data.annotations=FILE.json")
 
 
 def _texts(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:

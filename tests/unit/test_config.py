@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from geodistill import cli, config
 from geodistill.config import Config, ConfigError, changed, keys, load
+from geodistill.rules import need_source
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,8 +69,6 @@ def test_unknown_key_or_wrong_type(override, names):
     ("overrides", "names"),
     [
         (["role=pupil"], ["role", "student"]),
-        (["data.source=llava"], ["data.source", "data.root"]),
-        (["data.source=llava", "data.root=/x"], ["data.source", "data.annotations"]),
         (["data.val_fraction=0.6", "data.test_fraction=0.5"], ["data.val_fraction", "data.test_fraction"]),
         (["data.images_per_shard=100"], ["data.images_per_shard", "data.images_per_group"]),
         (["data.max_rejected=2"], ["data.max_rejected"]),
@@ -105,6 +104,32 @@ def test_contradictions_name_their_keys(overrides, names):
     with pytest.raises(ConfigError) as error:
         load(None, overrides)
     assert all(name in str(error.value) for name in names), error.value
+
+
+def test_what_is_read_is_asked_for_where_it_is_read():
+    """prepare, and the pipeline, need raw data; other jobs read shards."""
+    for overrides, name in ((["data.source=llava"], "data.root"), (["data.source=llava", "data.root=/x"], "data.annotations")):
+        with pytest.raises(ConfigError, match=name):
+            need_source(load(None, overrides))
+    need_source(load(None, ["data.source=dota", "data.root=/x"]))
+
+
+def test_a_file_builds_on_another(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "first.yaml").write_text("run: a\nseed: 3\nstudent: {train: &t {steps: 7, warmup: 0.5}}\ndistill: {train: *t}\n")
+    (tmp_path / "deep/second.yaml").write_text("base: ../first.yaml\nrun: b\nstudent: {train: {steps: 8}}\n")
+    (tmp_path / "third.yaml").write_text(f"base: {tmp_path}/deep/second.yaml\nevaluate: {{models: {{mine: m}}}}\n")
+    found = load(str(tmp_path / "third.yaml"), ["seed=4"])
+    assert (found.run, found.seed, found.student.train.steps, found.student.train.warmup, found.distill.train.steps) == (
+        "b", 4, 8, 0.5, 7,
+    )  # fmt: skip
+    assert found.evaluate.models == {"mine": "m"} and found.distill.teacher == "b/teacher/model"
+    (tmp_path / "first.yaml").write_text(f"base: {tmp_path}/third.yaml\n")
+    with pytest.raises(ConfigError, match="does not build on this one"):
+        load(str(tmp_path / "third.yaml"))
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml does not exist"):
+        (tmp_path / "first.yaml").write_text("base: nowhere.yaml\n")
+        load(str(tmp_path / "first.yaml"))
 
 
 @pytest.mark.parametrize("text", ["- a\n", "a: [\n", "seed: 1\nseed: 2\n"])

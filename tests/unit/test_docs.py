@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,27 @@ def test_links_lead_somewhere(page):
     named = re.findall(r"`((?:docs|infra|configs|jobs|serving|tests|platform)/[\w./-]+)`", text)
     for path in named:
         assert (ROOT / path).exists() or (page.parent / path).exists(), path
+
+
+@pytest.mark.parametrize("page", [*PAGES[:2], ROOT / "docs/tutorial.md", ROOT / "docs/scaling.md"], ids=lambda page: page.name)
+def test_the_settings_of_commands_are_read(page, tmp_path, monkeypatch):
+    """Every `python jobs/X.py --config FILE key=value ...` of a page is one that the job takes, with that file of configs/, or
+    with the YAML that the page shows."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    text = page.read_text()
+    for shown in re.findall(r"```yaml\n# (\S+)\n(.*?)```", text, flags=re.S):
+        (tmp_path / shown[0]).write_text(shown[1])
+    blocks = re.findall(r"```(?:\w*)\n(.*?)```", text, flags=re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines += [span for span in re.findall(r"`([^`\n]+)`", text)]
+    commands = [re.search(r"jobs/(\w+)\.py (.*)", line) for line in lines]
+    found = [(match[1], shlex.split(match[2], comments=True)) for match in commands if match and "--config" in match[2]]
+    for job, words in found:
+        file = words[words.index("--config") + 1]
+        if file != "FILE":
+            settings(job, [word for word in words if "=" in word or word in ("--config", file)])
+    assert found or page.name == "scaling.md"
 
 
 def test_the_messages_of_troubleshooting_are_those_of_the_program():

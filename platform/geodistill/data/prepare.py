@@ -33,6 +33,7 @@ from geodistill.data.shards import (
 )
 from geodistill.data.sources import Item, open_source
 from geodistill.data.synthetic import SPLITS
+from geodistill.rules import need_source
 
 REJECTED = pa.schema([(name, pa.string()) for name in ("file", "record", "field", "reason")])
 _NOT_COMPARED = ("shards", "max_rejected")  # settings that leave the records as they are
@@ -45,6 +46,7 @@ def prepare(config: Config, parallel: bool) -> dict:
     parallel: one Ray Data task a shard, in a Ray that is already initialised; otherwise in this process.
     Raises ValueError when there is nothing to read, too much is bad, or the folder holds shards of other settings.
     """
+    need_source(config)
     data = replace(config.data, root=absolute_path(config.data.root))
     settings = asdict(data) | {"system": config.system}
     files = open_folder(data.shards, create=True)

@@ -158,7 +158,13 @@ def more_images(split: str, source: str) -> str:
         return f"raise data.{split}"
     if split == "train":
         return "add images or lower data.val_fraction, data.test_fraction or data.unlabelled_fraction"
-    return f"add images or raise data.{split}_fraction"
+    if split == "unlabelled":
+        return "raise data.unlabelled_fraction, or set distill.train.splits=[train]"
+    if source in ("class_folders", "llava"):
+        return f"add images or raise data.{split}_fraction"
+    return (
+        f"its published splits have none; choose another with evaluate.split, or raise data.{split}_fraction where there are none"
+    )
 
 
 def load_manifest(folder: str | Path, need: Iterable[str] = ()) -> dict:

@@ -144,18 +144,24 @@ def workers_of(config: Config, stage: Stage, told: threading.Event, again: bool 
 
 def check_stage(config: Config, stage: Stage) -> None:
     """Raise ValueError for data, folders or a pair of models that cannot work, before a worker starts or a weight is loaded."""
-    manifest = load_manifest(config.data.shards, [*stage.train.splits, "val"])
-    if stage.train.method == "distill" and config.distill.loss.pretrain > 0:
-        load_manifest(config.data.shards, config.distill.pretrain_splits)
+    check_shards(config, stage)
     if config.features and not stage.train.blind:
         load_features(config.features)
+    check_stage_pair(config, stage)
+
+
+def check_shards(config: Config, stage: Stage) -> None:
+    """Raise ValueError for prepared data that a stage cannot learn from."""
+    shards = stage.train.shards or config.data.shards
+    manifest = load_manifest(shards, [*stage.train.splits, "val"])
+    if stage.train.method == "distill" and config.distill.loss.pretrain > 0:
+        load_manifest(shards, config.distill.pretrain_splits)
     per_group = manifest["settings"]["images_per_group"]
     if stage.train.images_per_micro_batch % per_group:
         raise ValueError(
             f"images_per_micro_batch={stage.train.images_per_micro_batch} of {stage.name} must be a multiple of {per_group}, "
-            f"the images_per_group that {config.data.shards} was made with"
+            f"the images_per_group that {shards} was made with"
         )
-    check_stage_pair(config, stage)
 
 
 def fit(config: Config, stage: Stage, work: Callable[[dict], dict] | None = None, callbacks: Sequence[UserCallback] = ()) -> None:
