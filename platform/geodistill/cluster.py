@@ -1,5 +1,6 @@
 """Join the Ray cluster this process runs in, or start a local one."""
 
+import logging
 import math
 import os
 import socket
@@ -84,6 +85,18 @@ def connect() -> None:
         # Ray ends a process that was idle for a second: each window of data would start, and import torch, in a new one.
         _system_config={"idle_worker_killing_time_threshold_ms": 600_000},
     )
+
+
+def quiet_data() -> Any:
+    """Ray Data's DataContext in this process, without its progress bars and what it tells of every execution: jobs tell their own
+    progress, and the log files of Ray have the rest."""
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # that there are no bars
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    return context
 
 
 def on_node(node: str, work: Callable, *arguments: Any, gpus: int = 0) -> ray.ObjectRef:

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from geodistill.cluster import need_one
+from geodistill.cluster import need_one, quiet_data
 from geodistill.config import Config
 from geodistill.data.files import local, open_folder, read_text, write_json, write_text, written
 from geodistill.data.record import BadRecord, Conversation
@@ -195,7 +195,7 @@ def _answers(config: Config, todo: list[Part]):
         return
     items = [{"part": json.dumps(asdict(part))} for part in todo]
     need_one("predict", config.cluster)
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    quiet_data()
     yield from (
         ray.data.from_items(items, override_num_blocks=len(items))
         .map(

@@ -279,13 +279,12 @@ def _write_all(config: Config, made_from: dict, todo: list[dict]) -> Iterator[di
     """What `Writer` says of each shard, as they finish, with a line of progress each."""
     import ray.data
 
-    from geodistill.cluster import need_one
+    from geodistill.cluster import need_one, quiet_data
 
     if not todo:
         return
     need_one("features", config.cluster)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    quiet_data()
     written = ray.data.from_items([{"shard": json.dumps(shard)} for shard in todo], override_num_blocks=len(todo)).map(
         Writer,  # type: ignore[arg-type]
         fn_constructor_args=(config, made_from),

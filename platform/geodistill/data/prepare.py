@@ -159,8 +159,11 @@ def _make_all(plans: list[dict], data: DataConfig, parallel: bool) -> list[Shard
 
 def _in_ray(plans: list[dict], data: DataConfig) -> Iterator[dict]:
     """`_make` as one Ray Data task a shard, as they finish. JSON, because Arrow would give every item the keys of all."""
-    import ray
+    import ray.data
 
+    from geodistill.cluster import quiet_data
+
+    quiet_data()
     data = replace(data, shards=absolute_path(data.shards))  # a worker has another working directory
     rows = [{"plan": json.dumps(plan)} for plan in plans]
     shards = ray.data.from_items(rows, override_num_blocks=len(rows))

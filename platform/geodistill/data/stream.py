@@ -7,7 +7,6 @@ worker streams its own part through Ray Data tasks. So a run resumes at any step
 
 import functools
 import json
-import logging
 import pickle
 import threading
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
+from geodistill.cluster import quiet_data
 from geodistill.config import Config, TrainConfig
 from geodistill.data.features import Stored, load_features, read_features
 from geodistill.data.files import local
@@ -245,11 +245,9 @@ def stream(
             raise ValueError(f"no image of {asked} can be used: {batch.rejected[:1]}; run jobs/prepare.py again")
         return to_table(batch)
 
-    context = ray.data.DataContext.get_current()
+    context = quiet_data()
     context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
     context.memory_usage_poll_interval_s = None  # reading a process's memory map each second costs data tasks a few per cent
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
     items = [{"groups": json.dumps([(place, vars(order[place])) for place in places])} for places in planned]
 
     def decode(first: int, last: int) -> ray.data.Dataset:

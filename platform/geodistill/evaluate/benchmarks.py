@@ -8,7 +8,7 @@ from collections import Counter
 import ray.data
 import torch
 
-from geodistill.cluster import need_one
+from geodistill.cluster import need_one, quiet_data
 from geodistill.config import Config, as_yaml
 from geodistill.data.files import exists, local, open_folder, read_json, read_lines, write_json, write_text
 from geodistill.data.shards import Group, groups, load_manifest, read_group
@@ -90,8 +90,7 @@ def answer(config: Config, name: str, folder: str) -> list[dict]:
     size = max(1, options.images_per_batch // config.data.images_per_group)
     items = [{"groups": json.dumps([vars(g) for g in found[i : i + size]])} for i in range(0, len(found), size)]
     need_one("evaluate", cluster)
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    quiet_data().execution_options.preserve_order = True
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
         Answerer,  # type: ignore[arg-type]
         fn_constructor_args=(config, folder, name in options.blind),
