@@ -35,6 +35,11 @@ TASK_GROUP = {
     "region_captioning": "captioning",
 }
 
+_TOKENS = {
+    REFER: ("grounding", "refer"),
+    GROUNDING: ("grounded_captioning", "grounding"),
+    IDENTIFY: ("region_captioning", "identify"),
+}
 _PLACE = re.compile(
     r"\{<|\b((left|right|top|bottom|upper|lower)(most|hand|side)?|above|below|beneath|underneath"
     r"|(north|south|east|west)\w*|corners?|horizontal\w*|vertical\w*)\b",
@@ -91,6 +96,14 @@ def labelled_boxes(answer: str, question: str = "") -> list[tuple[str, Box]]:
         if max(map(len, re.findall(r"\d+", match[0]))) < 5:
             found.append((label, parse_boxes(match[0])[0]))
     return found
+
+
+TOKEN_CATEGORIES = frozenset(category for _, category in _TOKENS.values())
+
+
+def token_task(question: str) -> tuple[str, str] | None:
+    """(task, category) that a task token in a question names, or None."""
+    return next((found for token, found in _TOKENS.items() if token in question), None)
 
 
 def kind_of(phrase: str) -> str:

@@ -47,6 +47,8 @@ def test_images_are_drawn_not_questions() -> None:
     one = measure([made(i, i % 2 == 0) for i in range(60)])
     ten = measure([made(i, i % 2 == 0, question=str(q)) for i in range(60) for q in range(10)])
     assert intervals(ten) == intervals(one)
+    tiles = measure([made(f"{i}.png#0,{800 * q},800,{800 * q + 800}", i % 2 == 0) for i in range(60) for q in range(10)])
+    assert intervals(tiles) == intervals(one)  # tiles of an image share objects
     assert intervals(one, 200) == intervals(one, 200)
     assert len({intervals(one, 200, seed)[MOA] for seed in range(5)}) > 1
 

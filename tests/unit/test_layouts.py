@@ -15,6 +15,7 @@ from shapely import Polygon, box
 
 from geodistill.config import DataConfig
 from geodistill.data.imagery import displayable, stretch
+from geodistill.data.shards import write_shard
 from geodistill.data.sources import open_source
 from geodistill.data.sources.detection import tiles
 from geodistill.language import SHORT_ANSWER, box_corners, parse_boxes
@@ -514,6 +515,55 @@ def test_coco_reads_the_instances_of_every_split(tmp_path):
     assert detected(good["train2017/000000000009.jpg"]) == {"ship": [(29, 29, 71, 71, 45), (10, 20, 60, 50, 0)]}
     assert aside["image 4"] == {"image_id": "4 is in none of the images: 1 annotations are lost"} and "image None" in aside
     assert "is not JSON" in aside["annotations/instances_old.json"]["file"] and len(aside) == 3
+
+
+def lists(*names: str) -> dict:
+    """A COCO file that lists images of these names, each with a ship."""
+    images = [{"id": i, "file_name": name, "width": 100, "height": 100} for i, name in enumerate(names)]
+    ships = [{"id": i, "image_id": i, "category_id": 3, "bbox": [10, 20, 50, 30]} for i in range(len(names))]
+    return {"images": images, "annotations": ships, "categories": [{"id": 3, "name": "ship"}]}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"annotations/instances_train.json": ("JPEGImages/", (0, 1)), "annotations/instances_test.json": ("JPEGImages/", (2,))},
+        {"annotations/train2017.json": ("JPEGImages/", (0, 1)), "annotations/test2017.json": ("JPEGImages/", (2,))},
+        {"train/_annotations.coco.json": ("train/", (0, 1)), "test/_annotations.coco.json": ("test/", (2,))},
+    ],
+)
+def test_coco_keeps_published_splits_however_they_are_named(tmp_path, files):
+    written = {file: lists(*(f"{i}.jpg" for i in numbers)) for file, (_, numbers) in files.items()}
+    tree(tmp_path, *(f"{folder}{i}.jpg" for folder, numbers in files.values() for i in numbers), **written)
+    splits, good, aside = read("coco", tmp_path)
+    assert sorted(splits.values()) == ["test", "train", "train"] and len(good) == 3 and not aside
+    assert all(split == "test" for image, split in splits.items() if image.endswith("2.jpg"))
+    splits, _, _ = read("coco", tmp_path, val_fraction=0.9999, test_fraction=0.0)  # no val is published: a part of train is
+    assert sorted(splits.values()) == ["test", "val", "val"]
+
+
+def test_a_missing_image_is_not_another_of_its_name(tmp_path):
+    files = {"annotations/instances_train.json": lists("train/0.jpg"), "annotations/instances_val.json": lists("val/0.jpg")}
+    splits, good, aside = read("coco", tree(tmp_path, "train/0.jpg", **files))
+    assert splits == {"train/0.jpg": "train"} and len(good["train/0.jpg"].conversations) > 1
+    assert "does not exist below data.root" in aside["val/0.jpg"]["file_name"]
+    talks = [{"id": f"{i}", "image": name, "conversations": [{"from": "human", "value": "<image>\nWhat?"},
+              {"from": "gpt", "value": name}]} for i, name in enumerate(("A/1.jpg", "B/1.jpg", "C/2.jpg"))]  # fmt: skip
+    root = tree(tmp_path / "talks", "A/1.jpg", "other/2.jpg", **{"talks.json": talks})
+    _, good, aside = read("llava", root, annotations="talks.json")
+    assert [c.turns[0][1] for c in good["A/1.jpg"].conversations] == ["A/1.jpg"]  # and not what was said of B's
+    assert list(aside) == ["1"] and good["other/2.jpg"].conversations[0].turns[0][1] == "C/2.jpg"  # moved, as archives do
+
+
+def test_images_without_one_readable_object_are_lost_not_background(tmp_path):
+    labels = {f"labelTxt/P{i}.txt": "10,20,60,20,60,50,10,50,ship,0\n" for i in range(3)}
+    labels["labelTxt/P3.txt"] = ""  # nothing on it
+    labels["labelTxt/P4.txt"] = "10 20 60 20 60 50 10 50 ship 0\n"
+    root = tree(tmp_path, *(f"images/P{i}.png" for i in range(5)), **labels)
+    source = open_source(DataConfig(source="dota", root=str(root), **ALL_TRAIN))
+    info = write_shard(source, source.items(), tmp_path / "out", "a.parquet", 8)
+    assert (info["images"], info["lost"]) == (1, 3)
+    assert any("none of its 1 objects can be used" in bad["reason"] for bad in info["rejected"])
 
 
 class Hostile:

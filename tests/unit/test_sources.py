@@ -271,6 +271,27 @@ def test_llava_sets_bad_records_aside_with_their_field(tmp_path):
     assert "x1 >= x2" in bad["box"][1] and "far outside" in bad["far"][1] and "'gone.png' does not exist" in bad["gone"][1]
 
 
+def test_a_later_turn_may_ask_for_something_else(tmp_path, make_packer):
+    """Each question is scored as what it asks; a later one whose answer holds no box is set aside like a first one."""
+    box = "{<10><10><20><20>|<0>}"
+    asked = (
+        "<image>\n[identify] what is at {<1><1><9><9>}?",
+        "1 ship",
+        "[refer] where is <p>the plane</p>?",
+        box,
+        "And why?",
+        "x",
+    )
+    wrong = ("<image>\nWhat?", "water", "[refer] where is <p>the plane</p>?", "there")
+    put(tmp_path, {"a.png": picture(), "b.png": picture()})
+    good, bad = make_all(llava(tmp_path, [talk(*asked), talk(*wrong, image="b.png", record="r2")]))
+    questions = make_packer(4).questions("a.png", good["a.png"].conversations)
+    assert [(q.task, q.category) for q in questions] == [
+        ("region_captioning", "identify"), ("grounding", "refer"), ("conversation", ""),
+    ]  # fmt: skip
+    assert bad["r2"] == ("conversations[3].value", "holds no box, which [refer] asks for")
+
+
 def test_llava_looks_images_up_by_stem(tmp_path):
     names = ["share/images/P1.png", "P2.tif", "part1/P3.png", "part2/P3.png", "P4.jpg", "P4.png"]
     put(tmp_path, {f"{name}": picture("TIFF" if name.endswith("tif") else "PNG") for name in names})

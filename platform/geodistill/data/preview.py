@@ -18,6 +18,7 @@ from geodistill.evaluate.page import drawing, page, plot, table
 from geodistill.evaluate.plots import RC
 
 SAMPLES = 50
+WITHOUT_IMAGE = ["id", "width", "height", "sensor", "conversations"]
 MOST_READ = 4000  # images whose text is counted; a larger split is sampled by row groups
 ASKED, ANSWERED = "#e69f00", "#1a9641"
 
@@ -110,13 +111,13 @@ def _samples(records: list[ImageRecord], counter_clockwise: bool) -> str:
     return f'{legend}<div class="grid" style="--min:220px">{"".join(cards)}</div>'
 
 
-def read_some(folder: str, chosen: list[Group], most: int, seed: int = 0) -> list[ImageRecord]:
-    """The records of randomly drawn row groups, `most` at most."""
-    found: list[ImageRecord] = []
+def read_some(folder: str, chosen: list[Group], most: int, seed: int = 0) -> list[tuple[Group, int, ImageRecord]]:
+    """(row group, place in it, record without its image) of randomly drawn row groups, `most` at most."""
+    found: list[tuple[Group, int, ImageRecord]] = []
     for group in random.Random(seed).sample(chosen, len(chosen)):
         if len(found) >= most:
             break
-        found += read_group(folder, group)
+        found += [(group, place, record) for place, record in enumerate(read_group(folder, group, WITHOUT_IMAGE))]
     return found[:most]
 
 
@@ -141,8 +142,10 @@ def write_preview(folder: str, manifest: dict, rejected: list[dict], copies: lis
     counter_clockwise: the sign of theta in the box text. SAMPLES images are drawn.
     """
     everything = [g for split in manifest["splits"] for g in groups(manifest, split)]
-    records = read_some(folder, everything, MOST_READ)
-    shown = random.Random(1).sample(records, min(SAMPLES, len(records)))
+    drawn = read_some(folder, everything, MOST_READ)
+    records = [record for *_, record in drawn]
+    samples = random.Random(1).sample(drawn, min(SAMPLES, len(drawn)))
+    shown = [read_group(folder, group)[place] for group, place, _ in samples]
     read = sum(part["images"] for part in manifest["splits"].values())
     with rc_context(RC):  # type: ignore[arg-type]
         sections = {

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from geodistill.data import packing
 from geodistill.data.record import BadRecord, Conversation
+from geodistill.language import TOKEN_CATEGORIES, token_task
 
 PADDING = -1
 STRIDE = 1024  # codes of a piece, which has fewer questions than that
@@ -191,7 +192,12 @@ class Packer:
             last = j == len(conversation.turns) - 1
             references = conversation.references if last and conversation.references else [answer] if answer else []
             response = response if with_answers else None
-            found.append(Question(prompt, response, conversation.task, conversation.category, question, references))
+            task, category = conversation.task, conversation.category
+            if j:  # a later turn may ask for something else
+                task, category = token_task(question) or (
+                    ("conversation", "") if category in TOKEN_CATEGORIES else (task, category)
+                )
+            found.append(Question(prompt, response, task, category, question, references))
         return found
 
     def _pieces(self, images: list[list[Question]], evenly: bool) -> tuple[list[Piece], list[packing.Size]]:

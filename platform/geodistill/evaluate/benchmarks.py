@@ -44,7 +44,8 @@ class Answerer:
         for at in range(0, len(records), size):
             batch = to_micro_batch(records[at : at + size], self.reader.packer, self.reader.size)
             set_aside += batch.rejected
-            predictions += self.answer(batch) if batch.ids else []
+            sides = {record.id: {"width": record.width, "height": record.height} for record in records[at : at + size]}
+            predictions += [p | sides[p["id"]] for p in self.answer(batch)] if batch.ids else []
         return {"predictions": json.dumps(predictions), "set_aside": json.dumps(set_aside)}
 
     def answer(self, batch: MicroBatch) -> list[dict]:
@@ -158,7 +159,7 @@ def constant_answers(predictions: list[dict]) -> dict[str, float]:
     for task in ("scene_classification", "vqa"):
         kinds: dict[str, Counter] = {}
         for p in predictions:
-            if p["task"] == task:
+            if p["task"] == task and (task != "vqa" or metrics.counts_in_moa(p)):
                 kinds.setdefault(p["category"], Counter())[p["references"][0]] += 1
         if kinds:
             most = sum(counts.most_common(1)[0][1] for counts in kinds.values())

@@ -5,6 +5,7 @@ strata of the mean of their values, one value a question: one stratum, and for A
 other test images would give; what another seed of the training gives it does not tell.
 """
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from geodistill.evaluate.captions import meteor, rouge
-from geodistill.evaluate.metrics import counts_in_moa, grounding_ious, is_right, normalise, targets_of
+from geodistill.evaluate.metrics import counts_in_moa, grounding_ious, is_right, normalise, sides_of, targets_of
 from geodistill.evaluate.tables import ABSENT, Table
 
 RESAMPLES = 2000
+_TILE = re.compile(r"#\d+,\d+,\d+,\d+$")  # tiles of an image share objects: they are drawn together
 RIGHT_OR_WRONG = ("OA", "mOA", "acc@0.5", "acc@0.25")  # figures that McNemar's test is for
 
 Figure = tuple[str, str, str]  # (benchmark, task, name)
@@ -61,7 +63,7 @@ def _figures(p: dict, counter_clockwise: bool) -> dict[str, float]:
     if p["task"] == "vqa":
         return {"mOA": 100.0 * is_right(said, truth)} if counts_in_moa(p) else {}
     if p["task"] == "grounding" and targets_of(p):
-        weakest, _ = grounding_ious(said, targets_of(p), counter_clockwise)
+        weakest, _ = grounding_ious(said, targets_of(p), counter_clockwise, sides_of(p))
         return {f"acc@{at}": 100.0 * (weakest >= at) for at in (0.5, 0.25)}
     if p["task"] in ("captioning", "region_captioning"):
         one, longest = rouge(said, truth)
@@ -84,7 +86,7 @@ def measure(predictions: list[dict], counter_clockwise: bool = True) -> dict[Fig
     for figure, rows in found.items():
         questions, values, strata = (list(column) for column in zip(*rows, strict=True))
         value_N = np.array(values)
-        images, image_N = np.unique([q[1] for q in questions], return_inverse=True)
+        images, image_N = np.unique([_TILE.sub("", q[1]) for q in questions], return_inverse=True)
         classes, class_N = np.unique(strata, return_inverse=True)
         sum_IK, count_IK = np.zeros((2, len(images), len(classes)))
         np.add.at(sum_IK, (image_N, class_N), value_N)

@@ -29,6 +29,8 @@ SUMMARY = {
     "detection": "detection",
     "mean": "mean",
 }
+Sides = tuple[float, float]
+SQUARE: Sides = (100.0, 100.0)  # sides of an image of which no more is known
 
 
 def columns(scores: dict[str, dict]) -> dict[str, str]:
@@ -113,13 +115,18 @@ def boxes_of(text: str) -> list[Box]:
         return []
 
 
-def box_iou(a: Box, b: Box, counter_clockwise: bool = True) -> float:
-    """Area of intersection / union of two oriented boxes, 0-1, in percent coordinates (a 100 x 100 image).
+def sides_of(p: dict) -> Sides:
+    """Width and height of the image of a prediction, in pixels; where they are not given, those of a square."""
+    return (p["width"], p["height"]) if p.get("width") and p.get("height") else SQUARE
+
+
+def box_iou(a: Box, b: Box, counter_clockwise: bool = True, sides: Sides = SQUARE) -> float:
+    """Area of intersection / union of two oriented boxes, 0-1, in pixels of an image of `sides`, in which they are turned.
 
     0 where the union has no finite area, or where the geometry cannot be computed.
     """
     try:
-        first, second = (Polygon(box_corners(box, 100, 100, counter_clockwise)) for box in (a, b))
+        first, second = (Polygon(box_corners(box, *sides, counter_clockwise)) for box in (a, b))
         common = first.intersection(second).area
         union = first.area + second.area - common
     except (GEOSException, OverflowError):
@@ -127,9 +134,9 @@ def box_iou(a: Box, b: Box, counter_clockwise: bool = True) -> float:
     return common / union if 0 < union < float("inf") else 0.0
 
 
-def match_boxes(predicted: list[Box], targets: list[Box], counter_clockwise: bool = True) -> list[float]:
+def match_boxes(predicted: list[Box], targets: list[Box], counter_clockwise: bool = True, sides: Sides = SQUARE) -> list[float]:
     """The IoU (0-1) of each pair of a greedy one-to-one matching: the best pair first, then the best of what is left."""
-    pairs = [(box_iou(p, t, counter_clockwise), i, j) for i, p in enumerate(predicted) for j, t in enumerate(targets)]
+    pairs = [(box_iou(p, t, counter_clockwise, sides), i, j) for i, p in enumerate(predicted) for j, t in enumerate(targets)]
     matched: list[float] = []
     used_predicted: set[int] = set()
     used_targets: set[int] = set()
@@ -146,12 +153,14 @@ def targets_of(p: dict) -> list[Box]:
     return [box for reference in p["references"] for box in boxes_of(reference)]
 
 
-def grounding_ious(prediction: str, targets: list[Box], counter_clockwise: bool = True) -> tuple[float, float]:
+def grounding_ious(
+    prediction: str, targets: list[Box], counter_clockwise: bool = True, sides: Sides = SQUARE
+) -> tuple[float, float]:
     """(weakest, mean) IoU, 0-1, of an answer under the rule of `grounding`."""
     predicted = boxes_of(prediction)
     if not predicted or not targets:
         return 0.0, 0.0
-    ious = match_boxes(predicted, targets, counter_clockwise)
+    ious = match_boxes(predicted, targets, counter_clockwise, sides)
     weakest = min(ious) if len(predicted) == len(targets) else 0.0
     return weakest, sum(ious) / max(len(predicted), len(targets))
 
@@ -159,7 +168,7 @@ def grounding_ious(prediction: str, targets: list[Box], counter_clockwise: bool 
 def grounding(predictions: list[dict], counter_clockwise: bool = True) -> dict:
     """acc@0.5, acc@0.25 and mean IoU of rotated boxes, over all and per size_group where it is given.
 
-    Rule: predicted and target boxes are matched one to one, greedily by falling polygon IoU in percent coordinates.
+    Rule: predicted and target boxes are matched one to one, greedily by falling polygon IoU in pixels of the image.
     An answer is right at a threshold if it holds as many boxes as there are targets and every pair reaches the threshold.
     The IoU of a sample is the sum over its pairs divided by the larger of the two numbers of boxes, so a box that is
     missing or too many counts as 0. An answer without a box is a miss (counted in `without_box`). The targets are the boxes
@@ -168,7 +177,7 @@ def grounding(predictions: list[dict], counter_clockwise: bool = True) -> dict:
     groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
     ious = []
     for p in predictions:
-        ious.append(grounding_ious(p["prediction"], targets_of(p), counter_clockwise))
+        ious.append(grounding_ious(p["prediction"], targets_of(p), counter_clockwise, sides_of(p)))
         if p.get("size_group"):
             groups[p["size_group"]].append(ious[-1])
 
@@ -184,10 +193,11 @@ def grounding(predictions: list[dict], counter_clockwise: bool = True) -> dict:
     return result | ({"size_groups": {name: figures(groups[name]) for name in sorted(groups)}} if groups else {})
 
 
-def horizontal(found: Box, counter_clockwise: bool = True) -> Box:
-    """The upright rectangle around an oriented box."""
-    xs, ys = zip(*box_corners(found, 100, 100, counter_clockwise), strict=True)
-    return Box(min(xs), min(ys), max(xs), max(ys))
+def horizontal(found: Box, counter_clockwise: bool = True, sides: Sides = SQUARE) -> Box:
+    """The upright rectangle around an oriented box of an image of `sides`."""
+    xs, ys = zip(*box_corners(found, *sides, counter_clockwise), strict=True)
+    x, y = (100 / side for side in sides)
+    return Box(x * min(xs), y * min(ys), x * max(xs), y * max(ys))
 
 
 def detection(predictions: list[dict], counter_clockwise: bool = True) -> dict:
@@ -203,8 +213,8 @@ def detection(predictions: list[dict], counter_clockwise: bool = True) -> dict:
         for p in predictions:
             found, targets = boxes_of(p["prediction"]), targets_of(p)
             if name == "HBB":
-                found, targets = ([horizontal(b, counter_clockwise) for b in boxes] for boxes in (found, targets))
-            right = sum(iou >= 0.5 for iou in match_boxes(found, targets, counter_clockwise))
+                found, targets = ([horizontal(b, counter_clockwise, sides_of(p)) for b in boxes] for boxes in (found, targets))
+            right = sum(iou >= 0.5 for iou in match_boxes(found, targets, counter_clockwise, sides_of(p)))
             counts[p["category"]] = [a + b for a, b in zip(counts[p["category"]], (right, len(found), len(targets)), strict=True)]
         classes = {
             kind: {"samples": true, "precision": percent(right, found), "recall": percent(right, true)}
@@ -292,8 +302,8 @@ def read_predictions(file: str | Path) -> tuple[list[dict], list[dict]]:
     """(predictions, what is set aside: {"line", "field", "reason"}) of a file of JSON lines with the fields of this module, local
     or s3://.
 
-    `question` and `size_group` may be missing. Raises ValueError, with the remedy, where the file is missing or nothing in it
-    can be scored.
+    `question`, `size_group`, `width` and `height` (of the image, in pixels) may be missing. Raises ValueError, with the remedy,
+    where the file is missing or nothing in it can be scored.
     """
     files, name = beside(file)
     if not exists(files, name):
@@ -315,8 +325,11 @@ def read_predictions(file: str | Path) -> tuple[list[dict], list[dict]]:
         raw |= {k: str(raw[k]) for k in ("id", "benchmark") if isinstance(raw.get(k), int)}
         raw |= {k: "" if raw.get(k) is None else str(raw[k]) for k in ("category", "question", "size_group")}
         wrong = [k for k, kind in COLUMNS.items() if not isinstance(raw.get(k), kind)]
+        unsized = [k for k in ("width", "height") if k in raw and not (isinstance(raw[k], int | float) and raw[k] > 0)]
         if wrong:
             bad.append({"line": number, "field": wrong[0], "reason": f"is missing or no {COLUMNS[wrong[0]].__name__}"})
+        elif unsized:
+            bad.append({"line": number, "field": unsized[0], "reason": "is no number of pixels above 0"})
         elif raw["task"] not in TASKS:
             bad.append({"line": number, "field": "task", "reason": f"{raw['task']!r} is none of {', '.join(TASKS)}"})
         elif not raw["references"] or not all(isinstance(r, str) for r in raw["references"]):

@@ -11,7 +11,18 @@ from geodistill.data.files import exists, local, open_folder, read_json, read_li
 from geodistill.data.shards import groups, load_manifest, read_group
 from geodistill.evaluate.captions import rouge
 from geodistill.evaluate.compare import intervals_table, measure, paired_table
-from geodistill.evaluate.metrics import OTHER, boxes_of, by_benchmark, columns, grounding_ious, is_right, score
+from geodistill.evaluate.metrics import (
+    OTHER,
+    SQUARE,
+    Sides,
+    boxes_of,
+    by_benchmark,
+    columns,
+    grounding_ious,
+    is_right,
+    score,
+    sides_of,
+)
 from geodistill.evaluate.page import drawing, page, plot, table
 from geodistill.evaluate.plots import RC, UNITS, bars_figure, color_of, confusion_figure, stage_figure, validation_figure
 from geodistill.evaluate.tables import Table, tables
@@ -78,13 +89,15 @@ def _details(scores: dict[str, dict]) -> str:
     return "".join(blocks)
 
 
-def verdict(question: str, truth: str, answer: str, counter_clockwise: bool = True) -> tuple[str, bool | None]:
+def verdict(
+    question: str, truth: str, answer: str, counter_clockwise: bool = True, sides: Sides = SQUARE
+) -> tuple[str, bool | None]:
     """How an answer stands to the truth: (text, right or wrong, or None for free text, which has a ROUGE-L only).
 
     A truth that is boxes alone: the rule of `metrics.grounding` at IoU 0.25; a short answer: equal after normalisation.
     """
     if truth.lstrip().startswith("{") and boxes_of(truth):
-        weakest, mean = grounding_ious(answer, boxes_of(truth), counter_clockwise)
+        weakest, mean = grounding_ious(answer, boxes_of(truth), counter_clockwise, sides)
         return f"IoU {mean:.2f}", weakest >= 0.25
     if SHORT_ANSWER in question:
         return "", is_right(answer, [truth])
@@ -101,7 +114,7 @@ def _card(sample: dict, names: list[str], counter_clockwise: bool) -> str:
         if name != "question":
             mark = ""
             if name != "truth":
-                note, right = verdict(sample["question"], sample["truth"], text, counter_clockwise)
+                note, right = verdict(sample["question"], sample["truth"], text, counter_clockwise, sides_of(sample))
                 word = {True: '<span class="right">✓ right</span> ', False: '<span class="wrong">✗ wrong</span> ', None: ""}[
                     right
                 ]
@@ -194,7 +207,8 @@ def write_report(
     """Write `run`/report.html, in a local folder or an s3:// one, and return its address.
 
     scores: model -> `metrics.score`. histories: stage -> metric rows, each with its "step" from the start of the stage.
-    samples: {"id", "image" (PNG or JPEG bytes), "question", "truth", "answers": {model: text}}.
+    samples: {"id", "image" (PNG or JPEG bytes), "width", "height" (pixels; None: a square), "question", "truth",
+    "answers": {model: text}}.
     counter_clockwise: the sign of theta in the box text. sections: title -> tables, below the metrics.
     """
     with rc_context(RC):  # type: ignore[arg-type]
@@ -279,6 +293,8 @@ def _drawn(config: Config, answers: dict[str, list[dict]]) -> list[dict]:
         {
             "id": p["id"],
             "image": images[p["id"]],
+            "width": p.get("width"),
+            "height": p.get("height"),
             "question": p["question"],
             "truth": p["references"][0],
             "answers": {name: found.get((p["id"], p["question"]), "") for name, found in by_key.items()},

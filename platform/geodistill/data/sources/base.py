@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import posixpath
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from geodistill.data.record import BadRecord, Conversation, ImageRecord
 from geodistill.language import SENSOR_TAGS
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+_SPLIT_FOLDER = re.compile(r"(train|val|test)(id|idation)?(\d{4})?")
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,14 @@ class Root:
 
 class ImageIndex:
     """Every image file below a root, found by its path or else by the stem of its name: published lists name images with
-    other extensions or folders than the archives hold."""
+    other extensions or folders than the archives hold.
 
-    def __init__(self, paths: Iterable[str]):
+    names: all that will be looked for; an image that one of them names by its path is not taken for that of another folder.
+    """
+
+    def __init__(self, paths: Iterable[str], names: Iterable[str] = ()):
         self.paths = set(paths)
+        self.named = {posixpath.normpath(name) for name in names} & self.paths
         self.stems: dict[str, list[str]] = {}
         for path in sorted(self.paths):
             self.stems.setdefault(Path(path).stem, []).append(path)
@@ -117,7 +123,13 @@ class ImageIndex:
             found = Path(path)
             return found.name == wanted.name, found.parent.name == wanted.parent.name
 
-        candidates = self.stems.get(wanted.stem, [])
+        def another(path: str) -> bool:
+            found = Path(path)
+            elsewhere = wanted.parent.name not in ("", "..", found.parent.name)
+            splits = {folder_split(name), folder_split(path)} - {""}
+            return len(splits) > 1 or (elsewhere and path in self.named)
+
+        candidates = [path for path in self.stems.get(wanted.stem, []) if not another(path)]
         best = max(map(likeness, candidates), default=None)
         candidates = [path for path in candidates if likeness(path) == best]
         if not candidates:
@@ -125,6 +137,12 @@ class ImageIndex:
         if len(candidates) > 1:
             raise ValueError(f"{name!r} may be {candidates[0]!r} or {candidates[1]!r}")
         return candidates[0]
+
+
+def folder_split(path: str) -> str:
+    """The split that a folder above a file names (train, val, valid, validation, test, train2017, ...), or ""."""
+    named = (_SPLIT_FOLDER.fullmatch(part.lower()) for part in path.split("/")[:-1])
+    return next((match[1] for match in named if match), "")
 
 
 def split_of(data: DataConfig, image: str) -> str:

@@ -1,43 +1,61 @@
 """COCO: JSON files of images, annotations and categories over image files; `bbox` [x, y, w, h] in pixels.
 
-Read are data.annotations, or every instances_*.json below data.root, or the first JSON file there. A folder of the image
-named train, val or test (train2017) gives the split; otherwise a hash does. A `segmentation` polygon of four points is read
-as an oriented box. The annotations of a crowd are left out.
+Read are data.annotations, or every instances_*.json below data.root, or every JSON file there that holds the three lists. Of
+several files the name (instances_val2017.json), or else a folder (valid/_annotations.coco.json), says which split they list; of
+one file the folders of its images do; otherwise a hash does. Where the splits have no val, a part of train is
+(data.val_fraction). A `segmentation` polygon of four points is read as an oriented box. The annotations of a crowd are left out.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from geodistill.data.record import BadRecord
-from geodistill.data.sources.base import ImageIndex, Item, annotations_json, bad_file, bad_item, clean, split_of
-from geodistill.data.sources.detection import DetectionSource, Object, folder_split, kind_of
+from geodistill.data.sources.base import ImageIndex, Item, annotations_json, bad_file, bad_item, clean, folder_split, split_of
+from geodistill.data.sources.detection import DetectionSource, Object, kind_of
+
+LISTS = ("images", "annotations", "categories")
 
 
 class Coco(DetectionSource):
     def items(self) -> list[Item]:
         """One item an image, with its objects. ValueError: there is no COCO JSON."""
         named, every = self.data.annotations, self.root.list((".json",))
-        files = [named] if named else [p for p in every if p.rpartition("/")[2].startswith("instances")] or every[:1]
+        instances = [path for path in every if path.rpartition("/")[2].startswith("instances")]
+        files = [named] if named else instances or every
         if not files:
             raise ValueError(f"no JSON file below data.root={self.data.root}; name it in data.annotations")
-        images = ImageIndex(self.root.list())
-        found: list[Item] = []
+        raws: dict[str, dict] = {}
         unread: list[Item] = []
         for file in files:
             try:
-                found += self._items(file, annotations_json(self.data, self.root) if named else self.root.json(file), images)
+                raw = annotations_json(self.data, self.root) if named else self.root.json(file)
+                if isinstance(raw, dict) and all(isinstance(raw.get(name), list) for name in LISTS):
+                    raws[file] = raw
+                elif named or instances:
+                    raise ValueError(f"{file} holds no lists {', '.join(LISTS)}; name the right file in data.annotations")
             except ValueError as error:
                 unread.append(bad_file(self.data, file, error))
+        entries = [entry for raw in raws.values() for entry in raw["images"] if isinstance(entry, dict)]
+        images = ImageIndex(self.root.list(), (clean(entry.get("file_name")) for entry in entries))
+        splits = {file: named_split(file) if len(raws) > 1 else "" for file in raws}
+        if splits and "val" not in splits.values():
+            splits = {file: "train or val" if split == "train" else split for file, split in splits.items()}
+        listed: dict[str, str] = {}
+        found = [item for file, raw in raws.items() for item in self._items(file, raw, images, splits[file], listed)]
         if not found:
-            raise ValueError(
-                unread[0].ref["reason"] if unread else f"{files[0]} lists no image; name another in data.annotations"
-            )
+            none = f"no JSON file below data.root={self.data.root} lists images; name one in data.annotations"
+            raise ValueError(unread[0].ref["reason"] if unread else none)
         return found + unread
 
-    def _items(self, file: str, raw: Any, images: ImageIndex) -> list[Item]:
-        if not isinstance(raw, dict) or not all(isinstance(raw.get(k), list) for k in ("images", "annotations", "categories")):
-            raise ValueError(f"{file} holds no lists images, annotations and categories; name the right file in data.annotations")
+    def _split(self, image: str, named: str) -> str:
+        if named == "train or val":  # the hash that deals out a test as well, over the rest of it
+            return split_of(replace(self.data, test_fraction=0.0), image)
+        return named or folder_split(image) or split_of(self.data, image)
+
+    def _items(self, file: str, raw: Any, images: ImageIndex, split: str, listed: dict[str, str]) -> list[Item]:
         kinds = {str(c.get("id")): kind_of(clean(c.get("name"))) for c in raw["categories"] if isinstance(c, dict)}
         objects: dict[str, list[dict]] = defaultdict(list)
         for one in raw["annotations"]:
@@ -53,8 +71,10 @@ class Coco(DetectionSource):
                 if not name:
                     raise BadRecord(f"images[{i}]", "file_name", "is missing or empty")
                 image = images.find(name)
-                ref = {"file": image, "objects": mine}
-                found.append(Item(folder_split(image) or split_of(self.data, image), image, ref))
+                if image in listed:
+                    raise BadRecord(name, "file_name", f"{image} is listed twice, in {listed[image]} too: its first list stands")
+                listed[image] = file
+                found.append(Item(self._split(image, split), image, {"file": image, "objects": mine}))
             except ValueError as error:
                 bad = error if isinstance(error, BadRecord) else BadRecord(name, "file_name", str(error))
                 found.append(bad_item(self.data, file, bad))
@@ -78,3 +98,9 @@ class Coco(DetectionSource):
                 yield Object(one["kind"], ((x, y), (x + w, y), (x + w, y + h), (x, y + h)))
             except (TypeError, ValueError) as error:
                 yield BadRecord(item.id, f"annotations[{i}]", f"bbox {one['bbox']} cannot be read ({error})")
+
+
+def named_split(file: str) -> str:
+    """The split that the name of a JSON file, or else a folder above it, tells: "instances_train2017.json" -> "train"; or ""."""
+    words = re.split(r"[\W_\d]+", file.rpartition("/")[2].lower())
+    return folder_split("/".join([*words, ""])) or folder_split(file)

@@ -27,7 +27,6 @@ LARGE = 1.5
 MOST_ASKED = 4  # referring and region questions of a tile, each
 MOST_GROUNDED = 5  # boxes in one grounded description
 _DOWN, _ACROSS = ("top", "", "bottom"), ("left", "", "right")
-_SPLIT_FOLDER = re.compile(r"(train|val|test)(id|idation)?(\d{4})?")
 _JOINED = {
     "baseballfield": "baseball field",
     "basketballcourt": "basketball court",
@@ -107,21 +106,22 @@ class DetectionSource:
     def make(self, item: Item) -> Iterator[ImageRecord | BadRecord]:
         """A record for every tile that shows an object; a BadRecord for each object that cannot be used."""
         image, width, height = read_image(self.root, item, self.data.bands)
-        objects = []
+        objects, unusable = [], 0
         for i, found in enumerate(self.objects(item, width, height)):
             reason = found if isinstance(found, BadRecord) else _unusable(found)
-            if isinstance(reason, BadRecord):
-                yield reason
-            elif reason:
-                yield BadRecord(item.id, f"objects[{i}]", reason)
+            if reason:
+                unusable += 1
+                yield reason if isinstance(reason, BadRecord) else BadRecord(item.id, f"objects[{i}]", reason)
             elif isinstance(found, Object):
                 objects.append((i, found))
+        if unusable and not objects:
+            raise BadRecord(item.id, "objects", f"none of its {unusable} objects can be used")
         if all(found.difficult for _, found in objects):
             raise NothingToAsk(item.id, "objects", "is empty or all difficult: there is nothing to ask for")
         side = self.data.tile
         places = tiles(width, height, side, self.data.tile_overlap) if side and max(width, height) > side else []
         picture = open_image(image, item.id) if places else None
-        made = False
+        made, small = False, 0
         for place in places or [(0, 0, width, height)]:
             seen: list[Seen] = []
             for i, found in objects:
@@ -130,6 +130,7 @@ class DetectionSource:
                     continue
                 reason = check_boxes(format_box(shown.box))
                 if reason:
+                    small += 1
                     remedy = "lower data.tile" if side else "set data.tile"
                     yield BadRecord(item.id, f"objects[{i}]", f"{reason}: too small for a tile of this size; {remedy}")
                 seen.append(replace(shown, difficult=shown.difficult or bool(reason)))  # no phrase may fit it either
@@ -142,18 +143,13 @@ class DetectionSource:
             made = True
             yield new_record(self.data, replace(item, id=name), shot, *size, kinds)
         if not made:
-            raise BadRecord(item.id, "objects", f"show less than data.min_visible={self.data.min_visible} of their area")
+            reason = f"show less than data.min_visible={self.data.min_visible} of their area"
+            raise BadRecord(item.id, "objects", "are too small in an image of this size" if small else reason)
 
 
 def stem_of(path: str) -> str:
     """ "train/images/P0001.png" -> "P0001"."""
     return path.rpartition("/")[2].rpartition(".")[0]
-
-
-def folder_split(path: str) -> str:
-    """The split that a folder above a file names (train, val, valid, validation, test, train2017, ...), or ""."""
-    named = (_SPLIT_FOLDER.fullmatch(part.lower()) for part in path.split("/")[:-1])
-    return next((match[1] for match in named if match), "")
 
 
 def kind_of(name: str) -> str:
@@ -256,7 +252,8 @@ def ask(seen: list[Seen], rng: random.Random, horizontal: bool, most: int) -> li
         by_kind[s.kind].append(s)
     found: list[Conversation] = []
     for s in rng.sample(sure, len(sure)):
-        if len(alike[s.phrase]) == 1 and len(found) < MOST_ASKED:
+        fits = by_place[s.kind, s.place] if not s.size else alike[s.phrase]  # "ship at the left" is true of a large one too
+        if len(fits) == 1 and len(found) < MOST_ASKED:
             question = rng.choice((f"{REFER} where is <p>{s.phrase}</p>?", f"{REFER} give the location of <p>{s.phrase}</p>."))
             found.append(Conversation("grounding", [(question, format_box(s.box))], "refer"))
     for (kind, place), group in by_place.items():

@@ -7,8 +7,8 @@ val or test gives the split; otherwise a hash does. Of the published oriented an
 from collections.abc import Iterator
 
 from geodistill.data.record import BadRecord
-from geodistill.data.sources.base import Item
-from geodistill.data.sources.detection import DetectionSource, Object, folder_split, kind_of
+from geodistill.data.sources.base import Item, folder_split
+from geodistill.data.sources.detection import DetectionSource, Object, kind_of
 
 _HEADERS = ("imagesource", "gsd", "acquisition")
 _HORIZONTAL = ("hbb", "reclabel")  # in the name of a folder

@@ -11,15 +11,19 @@ from collections.abc import Iterator
 
 from geodistill.config import DataConfig
 from geodistill.data.record import BadRecord, Conversation, ImageRecord, check_text
-from geodistill.data.sources.base import ImageIndex, Item, Root, bad_item, new_record, read_annotations, read_image, split_of
-from geodistill.language import GROUNDING, IDENTIFY, IMAGE, REFER, parse_boxes
+from geodistill.data.sources.base import (
+    ImageIndex,
+    Item,
+    Root,
+    bad_item,
+    clean,
+    new_record,
+    read_annotations,
+    read_image,
+    split_of,
+)
+from geodistill.language import IMAGE, parse_boxes, token_task
 
-# task token -> (task, category)
-_TOKENS = {
-    REFER: ("grounding", "refer"),
-    GROUNDING: ("grounded_captioning", "grounding"),
-    IDENTIFY: ("region_captioning", "identify"),
-}
 _SHORT = re.compile(r"(single|one) word or (a )?(short )?phrase", re.IGNORECASE)
 _CLASS = re.compile(r"\bclass(es|ify|ified|ification)?\b", re.IGNORECASE)
 _DESCRIBE = re.compile(r"\b(describe|description|caption|summari[sz]e)\b", re.IGNORECASE)
@@ -27,9 +31,8 @@ _DESCRIBE = re.compile(r"\b(describe|description|caption|summari[sz]e)\b", re.IG
 
 def guess_task(question: str, exchanges: int) -> tuple[str, str]:
     """(task, category) of a record, from the conventions of its first question."""
-    for token, found in _TOKENS.items():
-        if token in question:
-            return found
+    if found := token_task(question):
+        return found
     if _SHORT.search(question):
         return ("scene_classification" if _CLASS.search(question) else "vqa"), ""
     if exchanges > 1:
@@ -57,10 +60,13 @@ def conversation_of(raw: dict, record: str) -> Conversation:
     if len(texts) % 2:
         raise BadRecord(record, f"conversations[{len(texts)}]", "is missing: the last question has no answer")
     task, category = guess_task(texts[0], len(texts) // 2)
-    if category and texts[1].lower().strip(" .") == "none":
-        raise BadRecord(record, "conversations[1].value", "is 'none', which answers no question about a box")
-    if category in ("refer", "grounding") and not parse_boxes(texts[1]):
-        raise BadRecord(record, "conversations[1].value", f"holds no box, which [{category}] asks for")
+    for i, (question, answer) in enumerate(zip(texts[::2], texts[1::2], strict=True)):
+        _, asked = token_task(question) or ("", "")
+        where = f"conversations[{2 * i + 1}].value"
+        if asked and answer.lower().strip(" .") == "none":
+            raise BadRecord(record, where, "is 'none', which answers no question about a box")
+        if asked in ("refer", "grounding") and not parse_boxes(answer):
+            raise BadRecord(record, where, f"holds no box, which [{asked}] asks for")
     return Conversation(task, list(zip(texts[::2], texts[1::2], strict=True)), category)
 
 
@@ -70,8 +76,8 @@ class Llava:
 
     def items(self) -> list[Item]:
         """One item an image with all its conversations, in order of path, then one for each unusable record."""
-        images = ImageIndex(self.root.list())
         raws = read_annotations(self.data, self.root)
+        images = ImageIndex(self.root.list(), (clean(raw.get("image")) for raw in raws if isinstance(raw, dict)))
         found: dict[str, list] = defaultdict(list)
         rejected = []
         for i, raw in enumerate(raws):

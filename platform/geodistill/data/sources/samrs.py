@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from geodistill.data.record import BadRecord
-from geodistill.data.sources.base import Item
-from geodistill.data.sources.detection import DetectionSource, Object, folder_split, kind_of, stem_of
+from geodistill.data.sources.base import Item, folder_split
+from geodistill.data.sources.detection import DetectionSource, Object, kind_of, stem_of
 
 _MASKS = {"gray", "color"}  # folders of rasters with the images' names
 _ARRAYS = {

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from xml.etree import ElementTree
 
 from geodistill.data.record import BadRecord
-from geodistill.data.sources.base import Item
-from geodistill.data.sources.detection import DetectionSource, Object, folder_split, kind_of, stem_of
+from geodistill.data.sources.base import Item, folder_split
+from geodistill.data.sources.detection import DetectionSource, Object, kind_of, stem_of
 
 _CORNERS = ("left_top", "right_top", "right_bottom", "left_bottom")
 

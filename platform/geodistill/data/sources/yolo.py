@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 
 from geodistill.config import DataConfig
 from geodistill.data.record import BadRecord
-from geodistill.data.sources.base import Item
-from geodistill.data.sources.detection import DetectionSource, Object, folder_split, kind_of
+from geodistill.data.sources.base import Item, folder_split
+from geodistill.data.sources.detection import DetectionSource, Object, kind_of
 
 
 class Yolo(DetectionSource):
