@@ -3,13 +3,14 @@
 Every folder is what plain transformers loads; whether vLLM's classes read it is checked without vLLM.
 """
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import yaml
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from geodistill.config import Config
 from geodistill.data.files import beside, exists, local, open_folder, read_text, write_json, write_text
@@ -26,17 +27,29 @@ VLLM_TOWERS = ("clip_vision_model", "siglip_vision_model", "pixtral")
 FIGURES = ("scene_classification", "vqa", "grounding", "captioning", "mean")
 
 
-def merged(folder: str, dtype: torch.dtype = torch.float32):
-    """(model, processor) of a folder; PEFT adapters are merged into the model that they were trained for. Raises ValueError."""
+def merged(folder: str):
+    """(model, processor) of a folder, in the precision in which it was saved; PEFT adapters are merged, in float32, into the
+    model that they were trained for. Raises ValueError."""
     here = local(folder)
     settings = here / "adapter_config.json"
     if not settings.is_file():
-        return assemble.load(folder, dtype)
+        return assemble.load(folder, _dtype(folder))
     from peft import PeftModel
 
     base = json.loads(settings.read_text())["base_model_name_or_path"]
-    model, processor = assemble.load(base, dtype)
-    return PeftModel.from_pretrained(model, here).merge_and_unload(), processor
+    model, processor = assemble.load(base)
+    return PeftModel.from_pretrained(model, here).merge_and_unload().to(_dtype(base)), processor
+
+
+def _dtype(folder: str) -> torch.dtype:
+    return getattr(AutoConfig.from_pretrained(local(folder, weights=False)), "dtype", None) or torch.float32
+
+
+def _free() -> None:
+    """Give the GPU back to the actor that evaluates."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def size_of(folder: Path) -> float:
@@ -75,12 +88,14 @@ def export(config: Config) -> dict:
         small, _ = assemble.load(folders["student"], torch.bfloat16 if config.cluster.use_gpu else torch.float32, bits)
         assemble.save(small, processor, folders[name])
         del small
+        _free()
     variants: dict[str, dict] = {}
     for name, folder in folders.items():
         here = local(folder)
         variants[name] = {"MB": size_of(here), "vllm": vllm_reads(here)}
         loaded, info = AutoModelForImageTextToText.from_pretrained(here, output_loading_info=True)
         del loaded
+        _free()
         wrong = {k: sorted(v) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if (v := info.get(k))}
         if wrong:
             raise ValueError(f"{folder} does not load as it was written: {wrong}")

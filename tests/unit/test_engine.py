@@ -69,6 +69,22 @@ def test_a_rollout_gathers_each_model_once_and_an_update_layer_by_layer(
         assert engine.gradient_norm(run) > 0
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_the_first_bf16_update_is_adamws_first(alone, stage):
+    """On float32 masters that nothing has touched before."""
+    torch.manual_seed(0)
+    module = nn.Linear(8, 8, bias=False)
+    master = nn.Parameter(module.weight.detach().bfloat16().float())
+    train = TrainConfig(learning_rate=0.1, weight_decay=0.5, max_grad_norm=0.0)
+    run = engine.start(module, train, ClusterConfig(zero_stage=stage, precision="bf16"), passes=1)
+    drawn = torch.randn(4, 8).bfloat16()
+    run.backward(run(drawn).pow(2).sum().float())
+    run.step()
+    master.grad = torch.autograd.grad((drawn @ master.bfloat16().T).pow(2).sum().float(), master)[0]
+    torch.optim.AdamW([master], lr=0.1, betas=(0.9, 0.98), weight_decay=0.5).step()
+    assert torch.allclose(module.weight.float(), master.detach().bfloat16().float(), atol=0.01)
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_bf16_leaves_rotary_frequencies_in_float32(alone, student, stage):
     learner = RowModel(copy.deepcopy(student))

@@ -17,10 +17,11 @@ from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessorPil
 from geodistill.config import LoraConfig, LossConfig
 from geodistill.data.rows import Packer
 from geodistill.data.stream import to_micro_batch
+from geodistill.distill.cache import fixed_step, new_cache
 from geodistill.distill.step import Distiller
 from geodistill.language import IMAGE
 from geodistill.models import assemble, pair
-from geodistill.models.row_model import language_model, row_model
+from geodistill.models.row_model import RowModel, language_model, row_model
 from geodistill.models.tuning import merged_weights, tune
 
 LIMIT = 6
@@ -262,3 +263,12 @@ def test_a_template_in_the_file_of_earlier_versions_is_read(student, processor, 
         settings.pop("chat_template", None)
         (tmp_path / "model" / file).write_text(json.dumps(settings))
     assert assemble.load(tmp_path / "model")[1].tokenizer.chat_template == processor.tokenizer.chat_template
+
+
+def test_positions_that_follow_the_length_are_not_recorded(student):
+    """As InternVL3 has them: each step asks the device for the length, which no CUDA graph can hold."""
+    rows = RowModel(copy.deepcopy(student)).eval()
+    text = rows.model.config.get_text_config()
+    assert fixed_step(rows, new_cache(rows.model)) is not None
+    text.rope_parameters = {**(text.rope_parameters or {}), "rope_type": "dynamic", "factor": 2.0}
+    assert fixed_step(rows, new_cache(rows.model)) is None

@@ -145,10 +145,12 @@ class FixedStep:
 
 
 def fixed_step(model, cache: DynamicCache) -> FixedStep | None:
-    """Fixed steps for a model that can make them: not where it takes no row mask, or is quantised (its kernels wait for the
-    host), or its cache is of another kind."""
+    """Fixed steps for a model that can make them: not where it takes no row mask, or its cache is of another kind, or a step
+    waits for the host, as kernels of quantised weights do, and rotary positions that follow the length."""
+    text = model.model.config.get_text_config()
+    waits = getattr(model.model, "is_quantized", False) or "dynamic" in str(getattr(text, "rope_parameters", None))
     grows = all(type(layer) is GrowingLayer for layer in cache.layers)
-    return FixedStep(model, cache) if grows and model.takes_rows and not getattr(model.model, "is_quantized", False) else None
+    return FixedStep(model, cache) if grows and model.takes_rows and not waits else None
 
 
 def beginning(cache: DynamicCache, row: int, columns: int) -> list[Tensor]:

@@ -37,6 +37,11 @@ def start(module: nn.Module, train: TrainConfig, cluster: ClusterConfig, passes:
     # DeepSpeed casts buffers too: rotary frequencies of 8 bits of mantissa would misplace every token past the first hundreds
     buffers = {name: value.clone() for name, value in module.named_buffers()}
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, model_parameters=parameters, config=settings)
+    if cluster.precision == "bf16" and cluster.zero_stage == 0:  # DeepSpeed's optimizer of this kind has made a step already
+        engine.basic_optimizer.state.clear()
+        for masters, weights in zip(engine.optimizer.fp32_groups, engine.optimizer.fp16_groups, strict=True):
+            for master, weight in zip(masters, weights, strict=True):
+                master.data.copy_(weight)  # it was decayed
     for name, value in buffers.items():
         owner, _, last = name.rpartition(".")
         module.get_submodule(owner)._buffers[last] = value.to(engine.device)
