@@ -6,6 +6,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
+import ray
 
 from geodistill.config import Config, TrainConfig, load
 from geodistill.data.prepare import prepare
@@ -70,3 +71,12 @@ def test_a_stream_begun_in_mid_epoch_yields_what_the_unbroken_one_yields_from_th
     for one, other in zip(found, whole[6 * start :], strict=True):
         assert one.questions == other.questions and np.array_equal(one.pixels, other.pixels)
         assert one.pixels.flags.writeable
+
+
+def test_windows_do_not_pile_up_in_ray(unbroken, shards):
+    """Ray keeps every figure of every data set by its id, in the agent of the node: a stream of many windows is one to it."""
+    from ray.data._internal.stats import get_or_create_stats_actor
+
+    known = set(ray.get(get_or_create_stats_actor().get_datasets.remote()))
+    read(replace(shards[0], cluster=replace(shards[0].cluster, window=1)))
+    assert len(set(ray.get(get_or_create_stats_actor().get_datasets.remote())) - known) == 1
