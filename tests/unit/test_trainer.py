@@ -151,6 +151,7 @@ def test_a_cluster_that_is_too_small_is_waited_for_a_local_ray_is_not(run, monke
     config, asked = settings(run, *small, "cluster.workers=2", "cluster.wait=30"), []
     (stage,) = stages(config, "finetune")
     have = iter([[{}], [{"CPU": 2.0}], [{"CPU": 2.0}, {"CPU": 2.0}]])
+    monkeypatch.setattr(cluster, "_started", False)
     monkeypatch.setattr(cluster, "nodes", lambda: [{"memory": 1.0}])
     monkeypatch.setattr(cluster, "answering", lambda: next(have))
     monkeypatch.setattr(cluster, "placement_group", lambda bundles: asked.append(bundles) or "group")
