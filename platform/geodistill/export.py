@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 
 from geodistill.config import Config
 from geodistill.data.files import beside, exists, local, open_folder, read_text, write_json, write_text
@@ -42,7 +42,7 @@ def merged(folder: str):
 
 
 def _dtype(folder: str) -> torch.dtype:
-    return getattr(AutoConfig.from_pretrained(local(folder, weights=False)), "dtype", None) or torch.float32
+    return assemble.config_of(folder).dtype or torch.float32
 
 
 def _free() -> None:

@@ -106,7 +106,7 @@ def token_task(question: str) -> tuple[str, str] | None:
     return next((found for token, found in _TOKENS.items() if token in question), None)
 
 
-def kind_of(phrase: str) -> str:
+def kind_in(phrase: str) -> str:
     """What a phrase is about, whatever their number and place: "2 ships at the left", "A ship" -> "ship"."""
     kind = _WHERE.sub("", _COUNT.sub("", " ".join(phrase.split()))).lower()
     if kind.endswith("ies") and len(kind) > 4:

@@ -13,17 +13,15 @@ import numpy as np
 import ray.data
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from geodistill.cluster import need_one, quiet_data
 from geodistill.config import Config
-from geodistill.data.files import local, open_folder, read_text, write_json, write_text, written
+from geodistill.data.files import open_folder, read_text, write_json, write_text, written
 from geodistill.data.record import BadRecord, Conversation
 from geodistill.data.scenes import Found, Tile, found_in, merged, open_scene, tiles, write_geojson
 from geodistill.data.stream import square
 from geodistill.distill.decode import decode
 from geodistill.models import assemble
-from geodistill.models.assemble import image_side
 from geodistill.models.reader import Reader
 
 PART = 64  # tiles
@@ -140,7 +138,7 @@ def predict(config: Config) -> dict:
     options = config.predict
     if not options.scenes:
         raise ValueError("predict.scenes is empty: name a scene or a folder of scenes")
-    side = options.tile or image_side(AutoConfig.from_pretrained(local(options.model, weights=False)), config.image_size)
+    side = options.tile or assemble.image_side(assemble.config_of(options.model), config.image_size)
     asked = [options.questions, options.tile, options.overlap, options.max_response, config.data.bands, config.image_size]
     asked.append(config.evaluate.angle_counter_clockwise)
     digest = json.dumps([assemble.weights_digest(options.model), *asked])

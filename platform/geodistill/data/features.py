@@ -24,7 +24,7 @@ from pyarrow import fs
 from torch import Tensor, nn
 
 from geodistill.config import Config
-from geodistill.data.files import exists, local, open_folder, read_json, write_json, writing
+from geodistill.data.files import exists, open_folder, read_json, write_json, writing
 from geodistill.data.record import BadRecord, open_image
 from geodistill.data.shards import MANIFEST, Group, load_manifest, read_group
 
@@ -154,13 +154,12 @@ class Tower:
     """
 
     def __init__(self, config: Config, device: str):
-        from transformers import AutoConfig
-
+        from geodistill.models.assemble import config_of
         from geodistill.models.row_model import is_llava
         from geodistill.models.vision import load_tower
 
         sizes = config.student.model
-        if sizes.init and not is_llava(AutoConfig.from_pretrained(local(sizes.init, weights=False))):
+        if sizes.init and not is_llava(config_of(sizes.init)):
             raise ValueError(f"student.model.init={sizes.init} is of a family whose tower is not apart; it goes without features")
         tower, layer = load_tower(sizes.init or sizes.tower)
         self.layer, self.device, self.dtype = sizes.vision.feature_layer if layer is None else layer, device, _dtype(config)

@@ -25,7 +25,7 @@ from shapely import Polygon, STRtree
 from geodistill.data.files import open_folder
 from geodistill.data.imagery import PERCENTILES, strength, stretch
 from geodistill.data.record import BadRecord
-from geodistill.language import box_corners, kind_of, labelled_boxes
+from geodistill.language import box_corners, kind_in, labelled_boxes
 
 os.environ.setdefault("GDAL_CACHEMAX", "128")  # MB of blocks that GDAL keeps; its own choice is a twentieth of the memory
 OVERVIEW = 1024  # pixels of a side of the reading that decides how deep images are shown
@@ -182,7 +182,7 @@ def found_in(tile: Tile, scene: Scene, question: str, answer: str, score: float,
         room += [tile.width - max(xs)] if tile.x + tile.width < scene.width else []
         room += [tile.height - max(ys)] if tile.y + tile.height < scene.height else []
         places = tuple((tile.x + x, tile.y + y) for x, y in corners)
-        found.append(Found(kind_of(label), places, box.theta, score, min(room), question, label))
+        found.append(Found(kind_in(label), places, box.theta, score, min(room), question, label))
     return found
 
 

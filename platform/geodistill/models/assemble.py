@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -23,6 +24,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -121,14 +123,21 @@ def new_model(sizes: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> LlavaFo
     return model
 
 
+def config_of(folder: str | Path) -> PretrainedConfig:
+    """The transformers config of a saved folder, without its weights. Raises ValueError where there is none."""
+    here = local(folder, weights=False)
+    if not (here / "config.json").is_file():
+        raise ValueError(f"{folder} holds no model (config.json is missing); run the job that writes it, or correct the path")
+    return AutoConfig.from_pretrained(here)
+
+
 def load(folder: str | Path, dtype: torch.dtype = torch.float32, bits: int = 0):
     """(model, processor) of a saved folder, its weights in `dtype`; its linear layers in 8 or 4 `bits` where they are given.
 
     Raises ValueError where the folder is missing, its weights do not fit, or bitsandbytes is.
     """
+    config_of(folder)
     here = local(folder)
-    if not (here / "config.json").is_file():
-        raise ValueError(f"{folder} holds no model (config.json is missing); run the job that writes it, or correct the path")
     given = {"quantization_config": _quantised(bits, dtype)} if bits else {}  # None would undo that of a quantised folder
     model, info = AutoModelForImageTextToText.from_pretrained(
         here, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **given

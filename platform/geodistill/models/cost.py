@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, LlamaConfig, L
 
 from geodistill.config import ModelConfig, TrainConfig
 from geodistill.data.files import local
+from geodistill.models.assemble import config_of
 from geodistill.models.tuning import projector, tune
 from geodistill.models.vision import new_tower  # and the Auto classes know EarthGPT's tower from here on
 
@@ -169,7 +170,4 @@ def size(config) -> dict[str, float]:
 
 def size_of(folder: str | Path) -> dict[str, float]:
     """`size` of a model folder. Raises ValueError where it holds no config.json."""
-    here = local(folder, weights=False)
-    if not (here / "config.json").is_file():
-        raise ValueError(f"{folder} holds no model (config.json is missing); run the job that writes it, or correct the path")
-    return size(AutoConfig.from_pretrained(here))
+    return size(config_of(folder))
