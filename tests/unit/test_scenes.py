@@ -3,6 +3,8 @@
 import io
 import itertools
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pyogrio
@@ -105,6 +107,16 @@ def test_boxes_of_an_answer_lie_in_the_scene(tmp_path):
         assert second.edge < 0 and second.angle == 90
         corner = found_in(Tile(0, 0, 64, 64), scene, "where are <p>cars</p>?", "{<0><0><50><50>|<0>}", 1.0)[0]
         assert corner.label == "car" and corner.edge == 32
+
+
+def test_the_first_file_that_a_process_opens_is_read(tmp_path):
+    scene_file(tmp_path / "a.tif")
+    code = "import sys; from geodistill.data.imagery import DRIVERS; from geodistill.data.scenes import open_scene\n"
+    code += "with open_scene(sys.argv[1], drivers=DRIVERS) as scene: print(scene.width)"
+    said = subprocess.run(
+        [sys.executable, "-c", code, f"{tmp_path}/a.tif"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert said.stdout.strip() == "300", said.stderr
 
 
 def test_a_drawing_of_its_own_has_no_longitude(tmp_path):

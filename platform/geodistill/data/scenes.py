@@ -193,7 +193,8 @@ def open_scene(path: str, bands: Sequence[int] = (), drivers: Sequence[str] | No
     try:
         source: Any = open_folder(folder).open_input_file(name) if "://" in path else path
         # rasterio.open takes one driver, what it opens several
-        raster = rasterio.DatasetReader(path, driver=[*drivers]) if drivers else rasterio.open(source)
+        with rasterio.Env():  # or GDAL knows no driver yet where this is the first file that a process opens
+            raster = rasterio.DatasetReader(path, driver=[*drivers]) if drivers else rasterio.open(source)
         with closing(Scene(raster, path, bands)) as scene:
             yield scene
     except (RasterioError, OSError) as error:
