@@ -9,7 +9,7 @@ random weights: small models on one thread (or cluster.threads_per_worker), larg
 scaling: images/s of distill.train with one worker and with two, and the rates that plan.py's table of more workers uses.
 consumers [N]: the data plane under 8, 64 and 512 streams at once (or N), which sleep in place of training.
 faults: what a killed worker, data task or driver, SIGTERM, a full disk ... cost a run, and whether it ends like an unbroken one.
-soak [MINUTES]: a long distillation with a fault every two minutes, against one without.
+soak [MINUTES]: a long distillation with a fault every two minutes, beside the same one without.
 serve: answers/s of the endpoint with distill's student, beside transformers' generate one request at a time.
 load [MINUTES]: the endpoint with 32 clients, a replica killed every 30 s, and another student half way.
 scene: memory and rate of predict.py on a scene of 10,000 x 10,000 pixels.

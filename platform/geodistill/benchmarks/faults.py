@@ -204,13 +204,13 @@ def stopped_from_outside(number: signal.Signals) -> Callable[[Config, Stage], di
     """A signal to the process that has called fit, then the same command."""
 
     def run(config: Config, stage: Stage) -> dict:
-        with _started(config, stage) as process:
+        with started(config, stage) as process:
             wait_for(stage, lambda: process.poll() is not None)
             begin(Path(stage.folder), AT)
             process.send_signal(number)
             start = time.time()
             code, ended = process.wait(2 * NOTICE), time.time() - start
-        with _started(config, stage) as process:
+        with started(config, stage) as process:
             if process.wait():
                 raise RuntimeError(f"{stage.name} did not go on: see {stage.folder}/output.txt")
         return {"again": True, "said": f"exit code {code} after {ended:.1f} s"}
@@ -282,7 +282,7 @@ def store_failing(config: Config, stage: Stage) -> dict:
             files = open_folder("s3://faults/data", create=True)
             fs.copy_files(config.data.shards, "", source_filesystem=fs.LocalFileSystem(), destination_filesystem=files)
         config = changed(config, ["data.shards=s3://faults/data", "checkpoints=s3://faults/checkpoints"])
-        with storage.reached_at(front), _started(config, stage) as process:
+        with storage.reached_at(front), started(config, stage) as process:
             wait_for(stage, lambda: process.poll() is not None)
             begin(Path(stage.folder), AT)
             code = process.wait()
@@ -294,7 +294,7 @@ def store_failing(config: Config, stage: Stage) -> dict:
 
 
 @contextmanager
-def _started(config: Config, stage: Stage) -> Iterator[subprocess.Popen]:
+def started(config: Config, stage: Stage) -> Iterator[subprocess.Popen]:
     """`fit` in a process and a Ray of its own; killed at the end if it still runs."""
     Path(stage.folder).mkdir(parents=True, exist_ok=True)
     file = Path(stage.folder) / "command.pickle"

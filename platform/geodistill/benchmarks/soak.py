@@ -1,23 +1,23 @@
-"""A long distillation with a fault every few minutes, against the same one without: `python jobs/benchmark.py soak [MINUTES]`.
+"""A long distillation with a fault every few minutes, and the same one without: `python jobs/benchmark.py soak [MINUTES]`.
 
-Both make the same steps of distill.train; in the first a worker or a process that decodes is killed, in turn, every PAUSE
-seconds. Memory is that of this process and of all processes of Ray, files that they have mapped left out, in all and by kind of
-process.
+Both make the same steps of distill.train, side by side, each with a Ray of its own and about half of the cores. In one a worker
+or a process that decodes is killed, in turn, every PAUSE seconds. Memory is that of the process that calls `fit` and of all
+that came from it, files that they have mapped left out, in all and by kind of process.
 """
 
-import os
 import re
 import shutil
+import subprocess
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import psutil
 
-from geodistill.benchmarks.data import raylet
-from geodistill.benchmarks.faults import ending, faulty, running, stage_of, trace
+from geodistill.benchmarks.faults import ending, faulty, running, stage_of, started, trace
 from geodistill.benchmarks.scaling import ready
 from geodistill.config import Config, changed
 from geodistill.evaluate.tables import Table
@@ -30,32 +30,33 @@ VICTIMS = ("ray::RayTrainWorker", "ray::MapBatches")
 
 
 def measure_soak(config: Config, minutes: str = "20") -> dict:
-    """{"seconds": [with faults, without], "steps", "made": steps that were made, "killed": by kind, "memory": for both runs what
-    each kind of process has in every quarter of the time, MiB, "difference", "same"}. minutes: of the run without faults."""
+    """{"steps", "made": steps that were made, "seconds": from the first step to the last, "memory": what each kind of process has
+    in every quarter of the time, MiB (all three: [with faults, without]), "killed": by kind, "difference", "same"}.
+
+    minutes: about how long the two take.
+    """
     loop = ready(config)
-    config = changed(config, ["cluster.workers=2", "cluster.threads_per_worker=1", "cluster.window=4", "cluster.max_failures=10"])
+    config = changed(config, ["cluster.workers=2", "cluster.threads_per_worker=1", "cluster.window=4"])
     folder = Path(config.run) / "benchmark/soak"
     shutil.rmtree(folder, ignore_errors=True)
     first = stage_of(loop, folder / "rate")
     fit(config, first, faulty("none"))
     rows = trace(Path(first.folder))
-    rate = (len(rows) - 5) / (rows[-1]["time"] - rows[4]["time"])
+    rate = (len(rows) - 5) / (rows[-1]["time"] - rows[4]["time"]) / 2
     steps = max(first.train.steps, round(60 * float(minutes) * rate))
     stages = []
     for name in ("faults", "none"):
         stage = stage_of(loop, folder / name)
         train = replace(stage.train, steps=steps, checkpoint_every=max(1, round(20 * rate)), log_every=20, validate_every=steps)
         stages.append(replace(stage, train=train))
-    start = time.time()
-    killed, *memory = soaked(config, stages[0], PAUSE)
-    between = time.time()
-    _, *without = soaked(config, stages[1], float("inf"))
+    killed, *memory = soaked(config, *stages)
+    traces = [trace(Path(stage.folder)) for stage in stages]
     return {
-        "seconds": [between - start, time.time() - between],
         "steps": steps,
-        "made": len(trace(Path(stages[0].folder))),
+        "made": [len(rows) for rows in traces],
+        "seconds": [rows[-1]["time"] - rows[0]["time"] for rows in traces],
         "killed": killed,
-        "memory": [quarters(*memory), quarters(*without)],
+        "memory": [quarters(looks) for looks in memory],
     } | ending(Path(stages[1].folder), Path(stages[0].folder))
 
 
@@ -68,22 +69,35 @@ def quarters(looks: list[dict[str, float]]) -> dict[str, list[float]]:
 
 
 def kind_of(process: psutil.Process) -> str:
-    """What a process is for, such as "ray::RayTrainWorker", "raylet", "gcs_server" or "driver"."""
-    if process.pid == os.getpid():
-        return "driver"
+    """What a process is for, such as "ray::RayTrainWorker", "raylet" or "gcs_server"."""
     name = process.cmdline()[0]
     return re.split(r"[.(\[ ]", name if name.startswith("ray::") else Path(name).name)[0]
 
 
-def soaked(config: Config, stage: Stage, pause: float) -> tuple[dict[str, int], list[dict[str, float]]]:
-    """Run `stage`, with a fault every `pause` seconds: (how many of each kind were killed, MiB of each kind of process every few
-    seconds)."""
+def memory_of(processes: set[psutil.Process]) -> dict[str, float]:
+    """MiB of each kind of process, files that they have mapped left out."""
+    seen = dict[str, float]()
+    for process in processes:
+        try:
+            info, kind = process.memory_info(), kind_of(process)
+            seen[kind] = seen.get(kind, 0) + (info.rss - info.shared) / 2**20
+        except (psutil.Error, IndexError):
+            continue
+    return seen
+
+
+def soaked(config: Config, stage: Stage, quiet: Stage) -> tuple[dict[str, int], list[dict[str, float]], list[dict[str, float]]]:
+    """Run `stage` with a fault every PAUSE seconds, and `quiet` beside it without: how many of each kind were killed, and
+    `memory_of` the first and of the second every few seconds while they run.
+
+    Raises RuntimeError where `quiet` fails.
+    """
     done, killed = threading.Event(), dict.fromkeys(VICTIMS, 0)
-    looks = list[dict[str, float]]()
+    looks: tuple[list, list] = [], []
 
     def attack() -> None:
         turn = 0
-        while not done.wait(None if pause == float("inf") else pause):
+        while not done.wait(PAUSE):
             title = VICTIMS[turn % 2]
             until = time.time() + PAUSE / 2
             while time.time() < until and not done.is_set():  # a decoding process lives for moments
@@ -93,38 +107,40 @@ def soaked(config: Config, stage: Stage, pause: float) -> tuple[dict[str, int], 
                     break
             turn += 1
 
-    def look() -> None:
-        parent = raylet()
+    def look(beside: subprocess.Popen) -> None:
+        this, other = psutil.Process(), psutil.Process(beside.pid)
         while not done.wait(EVERY):
-            seen = dict[str, float]()
-            for process in (psutil.Process(), parent, *parent.children(recursive=True)):
-                try:
-                    info, kind = process.memory_info(), kind_of(process)
-                    seen[kind] = seen.get(kind, 0) + (info.rss - info.shared) / 2**20
-                except (psutil.Error, IndexError):
-                    continue
-            looks.append(seen)
+            theirs = set[psutil.Process]()
+            with suppress(psutil.NoSuchProcess):
+                theirs = {other, *other.children(recursive=True)} if beside.poll() is None else theirs
+            ours = {this, *this.children(recursive=True)} - theirs
+            for seen, processes in zip(looks, (ours, theirs), strict=True):
+                seen += [memory_of(processes)] if processes else []
 
-    threads = [threading.Thread(target=work) for work in (attack, look)]
-    for thread in threads:
-        thread.start()
-    try:
-        fit(config, stage, faulty("none"))
-    finally:
-        done.set()
+    with started(config, quiet) as beside:
+        threads = [threading.Thread(target=attack), threading.Thread(target=look, args=(beside,))]
         for thread in threads:
-            thread.join()
-    return killed, looks
+            thread.start()
+        try:
+            fit(config, stage, faulty("none"))
+        finally:
+            done.set()
+            for thread in threads:
+                thread.join()
+        if beside.wait():
+            raise RuntimeError(f"{quiet.name} failed: see {quiet.folder}/output.txt")
+    return killed, *looks
 
 
 def soak_table(found: dict) -> str:
     """The table that is printed."""
-    shares = [[f"{value:.0f}" for kind in ("all", VICTIMS[0]) for value in memory[kind]] for memory in found["memory"]]
     result = "the same" if found["same"] and found["difference"] == 0 else f"differs by {found['difference']:.1e}"
-    rows = [
-        ["with faults", f"{found['seconds'][0]:.0f}", str(found["made"]), *shares[0], result],
-        ["without", f"{found['seconds'][1]:.0f}", str(found["steps"]), *shares[1], ""],
-    ]
+    rows = []
+    for name, seconds, made, memory, end in zip(
+        ("with faults", "without"), found["seconds"], found["made"], found["memory"], (result, ""), strict=True
+    ):
+        shares = [f"{value:.0f}" for kind in ("all", VICTIMS[0]) for value in memory[kind]]
+        rows.append([name, f"{seconds:.0f}", str(made), *shares, end])
     places = [(kind, str(i + 1)) for kind in ("MiB in quarter", "of it trainers") for i in range(4)]
     columns = [("", "s"), ("", "steps made"), *places, ("", "weights and figures")]
     note = ", ".join(f"{count} x {title}" for title, count in found["killed"].items())
