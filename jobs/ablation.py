@@ -1,4 +1,5 @@
-"""What does each term bring? The on-policy loop once for every variant of `ablation`, answered, scored and compared.
+"""What does each term bring, and what do sft, kd, seqkd and gkd reach? The loop once for every variant of `ablation`, answered,
+scored and compared.
 
 Data, teacher and warm start are those of the run and the same for all (make demo); a variant that is finished is skipped.
 """

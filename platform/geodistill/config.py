@@ -150,14 +150,20 @@ class TrainConfig:
 
 @dataclass
 class LossConfig:
-    preset: str = option("paper", "paper | reference: how MiniLLM's published code shapes the long-term return")
-    alpha: float = option(0.2, "teacher's share of the sampling mixture p~ = alpha p + (1 - alpha) q", "0-1")
+    preset: str = option(
+        "paper", "paper | reference: the long-term return as MiniLLM's published code shapes it | the baselines seqkd, gkd"
+    )
+    alpha: float = option(
+        0.2,
+        "teacher's share of the sampling mixture p~ = alpha p + (1 - alpha) q; preset gkd: share of the micro-batches it writes",
+        "0-1",
+    )
     temperature: float = option(1.0, "temperature T of both distributions")
     single: float = option(1.0, "weight of the single-step term")
     long: float = option(1.0, "weight of the long-term term")
     align: float = option(0.001, "weight of the feature alignment behind the projector (lambda_align); a squared distance")
     align_map: str = option("linear", "linear: learned map to the teacher's width | identity: widths must agree")
-    pretrain: float = option(1.0, "weight of the language-modelling term on pretrain_splits (lambda_pt)")
+    pretrain: float = option(1.0, "weight of the language-modelling term on D_PT (lambda_pt)")
     decompose: bool = option(
         True, "single-step decomposition: the present token's KL exactly; false: its sampled reward joins the return instead"
     )
@@ -166,6 +172,7 @@ class LossConfig:
     length_norm: bool = option(True, "divide the return R_{t+1} by the number of tokens left")
     updates_per_rollout: int = option(1, "updates made from one rollout; beyond the first with a clipped ratio", "updates")
     ratio_clip: float = option(0.2, "clip of the ratio rho_t when a rollout is used again")
+    gkd_beta: float = option(0.5, "preset gkd: beta of the generalised JSD; 0: KL(p||q), 1: KL(q||p)", "0-1")
     kd_alpha: float = option(0.5, "method kd: weight of T^2 KL(p||q) against 1 - kd_alpha of cross-entropy (eq. 3)", "0-1")
     kd_temperature: float = option(1.0, "method kd: temperature T of equation 1")
 
@@ -203,9 +210,8 @@ class DistillConfig:
         lambda: TrainConfig(method="kd"), "Table 1, first part: kd on labelled data; 0 steps: start from student.model"
     )
     train: TrainConfig = section(lambda: TrainConfig(method="distill"), "Table 1, the loop")
-    pretrain_splits: list[str] = field(
-        default_factory=lambda: ["train"], metadata={"help": "shard splits of D_PT, the pre-training corpus", "unit": ""}
-    )
+    pretrain_shards: str = option("", "prepared data of D_PT, the pre-training corpus, where it is not data.shards", "path")
+    pretrain_splits: list[str] = field(default_factory=lambda: ["train"], metadata={"help": "shard splits of D_PT", "unit": ""})
     loss: LossConfig = section(LossConfig, "the terms of the objective")
 
 
@@ -323,6 +329,9 @@ class PlanConfig:
     decode_ms: float = option(7.0, "scaling: time of a core to decode, resize and tokenise an image with its questions", "ms")
 
 
+ALONE = ("distill.loss.align=0", "distill.loss.pretrain=0")  # a baseline as it was published
+
+
 @dataclass
 class Config:
     run: str = option("runs/default", "folder of this run, local or s3://: data, models, metrics, report", "path")
@@ -339,6 +348,10 @@ class Config:
             "- long term": ["distill.loss.long=0"],
             "- length norm": ["distill.loss.length_norm=false"],
             "- PT": ["distill.loss.pretrain=0"],
+            "sft": ["distill.train.method=sft", "distill.train.splits=[train]"],
+            "kd": ["distill.train.method=kd", "distill.train.splits=[train]"],
+            "seqkd": ["distill.loss.preset=seqkd", "distill.loss.alpha=1", *ALONE],
+            "gkd": ["distill.loss.preset=gkd", "distill.loss.alpha=0.5", *ALONE],
         },
         metadata={
             "help": "jobs/ablation.py: name of a variant -> its overrides; the first is what the others are compared with",

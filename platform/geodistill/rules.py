@@ -162,21 +162,26 @@ def validate(config: "Config", space: "dict[str, Domain]") -> None:
     need(config.evaluate.questions_per_row >= 1, "evaluate.questions_per_row must be at least 1")
     need(bool(config.ablation), "ablation is empty; name one variant at least, such as ablation={full: []}")
     loss = config.distill.loss
-    one_of("distill.loss.preset", loss.preset, ("paper", "reference"))
+    one_of("distill.loss.preset", loss.preset, ("paper", "reference", "seqkd", "gkd"))
     one_of("distill.loss.align_map", loss.align_map, ("linear", "identity"))
     one_of("distill.loss.single_step_weighting", loss.single_step_weighting, ("none", "importance"))
     one_of("distill.loss.importance", loss.importance, ("token", "sequence"))
-    for name in ("alpha", "kd_alpha"):
+    for name in ("alpha", "kd_alpha", "gkd_beta"):
         need(0 <= getattr(loss, name) <= 1, f"distill.loss.{name}={getattr(loss, name)} must lie between 0 and 1")
     for name in ("temperature", "kd_temperature"):
         need(getattr(loss, name) > 0, f"distill.loss.{name}={getattr(loss, name)} must be above 0")
+    need(
+        loss.preset != "seqkd" or loss.alpha == 1,
+        f"distill.loss.preset=seqkd learns what the teacher writes alone, and distill.loss.alpha={loss.alpha}: set "
+        "distill.loss.alpha=1",
+    )
     need(loss.updates_per_rollout >= 1, "distill.loss.updates_per_rollout must be at least 1")
     need(
-        loss.preset == "paper" or loss.decompose,
+        loss.preset != "reference" or loss.decompose,
         "distill.loss.decompose=false leaves out what preset=reference weighs; set distill.loss.preset=paper",
     )
     need(
-        loss.preset == "paper" or loss.importance == "token",
+        loss.preset != "reference" or loss.importance == "token",
         "distill.loss.preset=reference uses per-token weights; set distill.loss.importance=token",
     )
     need(
@@ -188,6 +193,11 @@ def validate(config: "Config", space: "dict[str, Domain]") -> None:
         not config.features or config.student.model.init != "" or config.student.model.tower != "",
         f"features={config.features} come from a saved tower, but the student's is random: set student.model.init or "
         "student.model.tower, or features= (images)",
+    )
+    need(
+        not config.features or not config.distill.pretrain_shards,
+        f"features={config.features} are those of data.shards, not of distill.pretrain_shards={config.distill.pretrain_shards}: "
+        "set features= (images) or distill.pretrain_shards= (none of its own)",
     )
     trains = {
         "teacher.first": config.teacher.first,

@@ -33,6 +33,25 @@ def test_workers_and_zero_stages_distil_the_same(first, workers, stage):
     same(Path(first.run) / "distill", run / "distill", more)
 
 
+def test_a_baseline_with_a_corpus_of_its_own(first):
+    """gkd in the loop, and D_PT from prepared data that are not those of the prompts."""
+    from geodistill.data.prepare import prepare
+
+    run = Path(first.run).parent / "gkd"
+    corpus = settings(run, f"data.shards={run}/corpus", "seed=1", "data.unlabelled=0")
+    start = [f"student.model.init={first.run}/distill/warm/model", "distill.warm_start.steps=0", "distill.train.steps=2",
+             f"distill.teacher={first.distill.teacher}", "distill.loss.preset=gkd", "distill.loss.alpha=0.5"]  # fmt: skip
+    with pytest.raises(ValueError, match=rf"{run}/corpus.*prepare"):
+        train(settings(run, *start, f"distill.pretrain_shards={run}/corpus"), "distill")
+    prepare(corpus, parallel=True)
+    train(settings(run, *start, f"distill.pretrain_shards={run}/corpus"), "distill")
+    row, other = history(run / "distill")[0], history(Path(first.run) / "distill")[0]
+    assert row["long"] == 0 and 0 < row["single"] < 0.6931  # JSD is at most ln 2
+    assert row["pretrain"] != pytest.approx(other["pretrain"], rel=1e-4)
+    with pytest.raises(ValueError, match=r"finished with other settings.*pretrain_shards"):
+        train(settings(run, *start), "distill")
+
+
 @pytest.mark.long
 def test_bf16(first):
     run = Path(first.run).parent / "bf16"

@@ -109,6 +109,19 @@ def forward_kl(sequences: list[Sequence], allowed: list[int], temperature: float
     )
 
 
+def generalised_jsd(sequences: list[Sequence], allowed: list[int], beta: float, temperature: float = 1.0) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for s in sequences:
+        for row_q, row_p in zip(s.student, s.teacher, strict=True):
+            q, p = softmax(row_q, allowed, temperature), softmax(row_p, allowed, temperature)
+            if beta in (0, 1):
+                total = total + (divergence(p, q) if beta == 0 else divergence(q, p))
+                continue
+            m = {v: beta * p[v] + (1 - beta) * q[v] for v in allowed}
+            total = total + beta * divergence(p, m) + (1 - beta) * divergence(q, m)
+    return total
+
+
 def distillation(sequences: list[Sequence], allowed: list[int], alpha: float, temperature: float) -> Tensor:
     soft = forward_kl(sequences, allowed, temperature)
     return alpha * temperature**2 * soft + (1 - alpha) * cross_entropy(sequences, allowed)

@@ -192,6 +192,19 @@ def test_written_responses(name):
     compare(value, torch.autograd.grad(value, logits)[0], expected, gradient(expected, sequences), name)
 
 
+@pytest.mark.parametrize(("beta", "temperature"), [(0.0, 1.0), (0.1, 1.7), (0.5, 1.0), (1.0, 1.7)])
+def test_generalised_jsd(beta, temperature):
+    sequences = make_sequences()
+    logits, teacher = stack(sequences, "student").requires_grad_(), stack(sequences, "teacher").requires_grad_()
+    value = losses.generalised_jsd(logits, teacher, temperature, MASK, beta).sum()
+    for s in sequences:
+        s.student.requires_grad_()
+    expected = reference.generalised_jsd(sequences, ALLOWED, beta, temperature)
+    grad, none = torch.autograd.grad(value, [logits, teacher], materialize_grads=True)
+    compare(value, grad, expected, gradient(expected, sequences), f"beta {beta}")
+    assert not none.any()
+
+
 def test_alignment():
     generator = torch.Generator().manual_seed(0)
     z_student, z_teacher = (torch.randn(2, 5, 7, generator=generator).double() for _ in range(2))
@@ -237,4 +250,5 @@ def test_no_gradient_is_nan(scale):
     token = torch.tensor([y for s in sequences for y in s.tokens])
     terms = losses.compare(logits, stack(sequences, "teacher"), token, 2.0, MASK, soft=True)
     value = losses.distillation(terms, 0.5, 2.0) + terms.forward_kl.sum()
+    value = value + sum(losses.generalised_jsd(logits, stack(sequences, "teacher"), 1.0, MASK, beta).sum() for beta in (0.1, 0.9))
     assert torch.isfinite(torch.autograd.grad(value, logits)[0]).all()

@@ -77,6 +77,8 @@ def test_unknown_key_or_wrong_type(override, names):
         (["teacher.model.hidden=36", "teacher.model.heads=4"], ["teacher.model.hidden", "teacher.model.heads"]),
         (["student.model.vision.patch=7"], ["student.model.vision.image_size", "student.model.vision.patch"]),
         (["distill.loss.preset=mine"], ["distill.loss.preset", "reference"]),
+        (["distill.loss.preset=seqkd"], ["distill.loss.alpha=0.2", "distill.loss.alpha=1"]),
+        (["distill.loss.gkd_beta=2"], ["distill.loss.gkd_beta=2", "between 0 and 1"]),
         (["distill.loss.alpha=1.5"], ["distill.loss.alpha"]),
         (["distill.loss.temperature=0"], ["distill.loss.temperature"]),
         (["distill.loss.updates_per_rollout=0"], ["distill.loss.updates_per_rollout"]),

@@ -163,6 +163,9 @@ def test_a_trained_tower_gets_gradients(teacher, student, forbidden, end, make_p
         LossConfig(importance="sequence", length_norm=False),
         LossConfig(single_step_weighting="importance", temperature=1.5, alpha=0.0),
         LossConfig(updates_per_rollout=2, alpha=1.0),
+        LossConfig(preset="seqkd", alpha=1.0),
+        LossConfig(preset="gkd", alpha=0.0),
+        LossConfig(preset="gkd", alpha=1.0, gkd_beta=0.0, temperature=1.5),
     ],
 )
 def test_on_policy_pass(loss, pair, make_distiller, make_packer, questions, pixels):
@@ -202,6 +205,39 @@ def test_rollout_records_the_mixture(alpha, temperature, pair, make_distiller, m
     at = (~distiller.forbidden).cumsum(0)[item.batch.token] - 1
     mixture = torch.log(alpha * p + (1 - alpha) * q).gather(-1, at[:, None])[:, 0]
     torch.testing.assert_close(item.batch.log_mixture, mixture, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("preset", ["seqkd", "gkd"])
+def test_baselines_on_a_rollout(preset, pair, make_distiller, make_packer, questions, pixels):
+    """Their objective from a plain forward of both models, and the gradient of the student's head."""
+    loss = LossConfig(preset=preset, alpha=1.0, align=0.0)
+    distiller = make_distiller(loss)
+    item = distiller.rollout(make_packer(8).pack(questions[:2]), pixels[:2], torch.Generator().manual_seed(0))
+    token = item.batch.token
+    log_p, log_q = (
+        torch.log_softmax(m(item.rows, item.responses, item.features)[0].masked_fill(distiller.forbidden, -1e9), -1) for m in pair
+    )
+    log_p, middle = log_p.detach(), (0.5 * log_p.detach().exp() + 0.5 * log_q.exp()).clamp(min=1e-30).log()
+    cross_entropy = -log_q.gather(-1, token[:, None]).sum()
+    jsd = 0.5 * (log_p.exp() * (log_p - middle)).sum() + 0.5 * (log_q.exp() * (log_q - middle)).sum()
+    expected = (cross_entropy if preset == "seqkd" else jsd) / len(token)
+    head = pair[1].model.lm_head.weight
+    (grad,) = torch.autograd.grad(expected, head)
+    total, metrics = distiller.on_policy_pass(pair[1], item, len(token), 1.0)
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-6)
+    assert metrics["long"] == 0
+    total.backward()
+    assert relative_error(head.grad, grad) <= 1e-5
+
+
+def test_gkd_lets_one_model_write_a_micro_batch(make_distiller, make_packer, questions, pixels):
+    """A share alpha of them is the teacher's alone, drawn from the generator of the micro-batch."""
+    distiller, wrote = make_distiller(LossConfig(preset="gkd", alpha=0.3)), []
+    for seed in range(24):
+        item = distiller.rollout(make_packer(8).pack(questions[:1]), pixels[:1], torch.Generator().manual_seed(seed))
+        assert item.guess is None or torch.equal(item.guess.log_q, item.batch.log_mixture)
+        wrote.append("teacher" if item.guess is None else "student")
+    assert 3 <= wrote.count("teacher") <= 12
 
 
 def test_reuse_keeps_the_policy_that_generated(pair, make_distiller, make_packer, questions, pixels):

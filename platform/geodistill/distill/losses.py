@@ -7,6 +7,7 @@ follows works on [M] alone.
 Shapes: M response tokens in all, sorted by sequence and step; V vocabulary; B images; N image tokens; D features.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from geodistill.config import LossConfig
 
 CHUNK = 12 * 2**20  # logits of a chunk: 48 MiB in float32, above the 32 MiB up to which glibc holds on to what is freed
+BASELINES = ("seqkd", "gkd")  # presets with an objective of their own
 BLOCK = 2**18  # of which a CPU has in hand at a time: 1 MiB
 NEVER = -1e30  # the logit of a token that a response may not hold: its probability is 0, its log-probability finite
 
@@ -26,7 +28,8 @@ NEVER = -1e30  # the logit of a token that a response may not hold: its probabil
 class Terms(NamedTuple):
     """What the losses need of each of M response tokens. `log_q`, `reverse_kl` and `forward_kl` carry gradients.
 
-    log_q: log q_t(y_t). entropy: of q_t, nats. log_p: log p_t(y_t). reverse_kl: KL(q_t || p_t). forward_kl: KL(p_t || q_t).
+    log_q: log q_t(y_t). entropy: of q_t, nats. log_p: log p_t(y_t). reverse_kl: KL(q_t || p_t).
+    forward_kl: KL(p_t || q_t), or what the caller puts in its place: that of another temperature, `generalised_jsd`.
     agreement: 1.0 where both find the same token most probable. All [M]; without a teacher the last four are zeros.
     """
 
@@ -118,6 +121,23 @@ def compare(
     soft: with `forward_kl`, which is else zeros.
     """
     return Terms(*_Compare.apply(logits_q, logits_p, token, temperature, forbidden, soft))
+
+
+def generalised_jsd(logits_q: Tensor, logits_p: Tensor, temperature: float, forbidden: Tensor, beta: float) -> Tensor:
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, [M] (Agarwal et al., GKD, ICLR 2024).
+
+    At beta = 0 it would be 0 everywhere: KL(p || q) in its place, the limit of JSD / beta; at 1, likewise, KL(q || p). Arguments
+    as in `compare`; only q has a gradient.
+    """
+    wide = torch.promote_types(logits_q.dtype, torch.float32)
+    log_q, log_p = (
+        torch.log_softmax((x.to(wide) / temperature).masked_fill(forbidden, NEVER), dim=-1) for x in (logits_q, logits_p.detach())
+    )
+    if beta in (0, 1):
+        of, to = (log_p, log_q) if beta == 0 else (log_q, log_p)
+        return (of.exp() * (of - to)).sum(-1)
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    return (beta * log_p.exp() * (log_p - log_m) + (1 - beta) * log_q.exp() * (log_q - log_m)).sum(-1)
 
 
 def chunks_of(tokens: int, vocabulary: int, logits: int = CHUNK) -> int:
@@ -302,8 +322,16 @@ def reverse_kl(terms: Terms, batch: Batch, loss: LossConfig) -> tuple[Tensor, Te
     return single, long, metrics
 
 
+def baseline(terms: Terms, preset: str) -> Tensor:
+    """What other methods minimise on the responses of a rollout, as a sum over tokens, in place of both terms of `reverse_kl`.
+
+    seqkd: cross-entropy on what the teacher wrote (Kim and Rush, 2016). gkd: `generalised_jsd`, which terms.forward_kl holds.
+    """
+    return cross_entropy(terms) if preset == "seqkd" else terms.forward_kl.sum()
+
+
 def cross_entropy(terms: Terms) -> Tensor:
-    """- sum_t log q_t(y_t) over the tokens of written responses (L_pt, and the baseline sft)."""
+    """- sum_t log q_t(y_t) over the tokens of written responses (L_pt, and the baselines sft and seqkd)."""
     return -terms.log_q.sum()
 
 

@@ -93,13 +93,19 @@ class Distiller:
 
     @torch.no_grad()
     def rollout(self, rows: Rows, pixels: Any, generator: torch.Generator) -> Experience:
-        """Generation stage: p~ = alpha p + (1 - alpha) q writes the responses; the teacher's rows of it are kept."""
+        """Generation stage: p~ = alpha p + (1 - alpha) q writes the responses; the teacher's rows of it are kept.
+
+        With preset=gkd the teacher writes a share alpha of the micro-batches alone, and the student the others.
+        """
+        alpha = self.loss.alpha
+        if self.loss.preset == "gkd":
+            alpha = float(torch.rand(1, generator=generator, device=generator.device) < alpha)
         features, features_teacher = self._features(pixels, for_teacher=True)
         z_teacher = self.teacher.project(features_teacher)
         seen = features if features is not None else self.student.see(pixels)
         rollout = decode(
             [self.teacher, self.student],
-            [self.loss.alpha, 1 - self.loss.alpha],
+            [alpha, 1 - alpha],
             rows,
             [z_teacher, self.student.project(seen)],
             self.limit,
@@ -132,7 +138,7 @@ class Distiller:
         """What decoding tells of the terms: enough for the weights and returns of the first update, unless one of the models took
         no part in it and L_long, which needs both, does."""
         teacher, student = rollout.log_pM
-        needed = self.loss.long > 0 or not self.loss.decompose
+        needed = self.loss.preset not in losses.BASELINES and (self.loss.long > 0 or not self.loss.decompose)
         if student is None or (teacher is None and needed):
             return None
         none = torch.zeros_like(student)
@@ -153,7 +159,11 @@ class Distiller:
             logits_p = None if kept is None else self.teacher.head(kept)
         logits_q = self.student.head(hidden)
         if method == "distill":
-            return losses.compare(logits_q, logits_p, token, self.loss.temperature, self.forbidden)
+            terms = losses.compare(logits_q, logits_p, token, self.loss.temperature, self.forbidden)
+            if logits_p is None or self.loss.preset != "gkd":
+                return terms
+            settings = self.loss.temperature, self.forbidden, self.loss.gkd_beta
+            return terms._replace(forward_kl=losses.generalised_jsd(logits_q, logits_p, *settings))
         T = self.loss.kd_temperature if method == "kd" else 1.0
         hard = losses.compare(logits_q, logits_p, token, 1.0, self.forbidden, soft=T == 1)
         if T == 1:
@@ -200,6 +210,8 @@ class Distiller:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one rollout, already divided: (L_single + L_long) / tokens + lambda_align L_align / image_tokens.
 
+        With the presets of losses.BASELINES their objective takes the place of L_single, and L_long is 0.
+
         forward: the student's RowModel, or an engine around it. tokens, image_tokens: counts over the whole step.
         chunks: of the response tokens, where the head's weights lie in shards and all workers must fetch them equally often; 0:
         they do not. metrics: sums, to be divided by the same counts.
@@ -211,6 +223,8 @@ class Distiller:
             if batch.log_q_old is None:  # first use: the policy that generated is the one that is updated
                 batch.log_q_old = terms.log_q.detach()
             single, long, found = losses.reverse_kl(terms, batch, self.loss)
+            if self.loss.preset in losses.BASELINES:
+                single, long = losses.baseline(terms, self.loss.preset), torch.zeros_like(long)
             metrics.update(found, single=single.detach(), long=long.detach())
             return (self.loss.single * single + self.loss.long * long) / tokens
 

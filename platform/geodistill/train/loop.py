@@ -43,9 +43,9 @@ def worker(job: dict) -> dict[str, int]:
     was."""
     logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.WARNING)  # it tells of every report
     run = Run(job)
-    train, progress = run.stage.train, run.progress
-    batches = run.stream(train.splits, run.config.seed)
-    corpus = run.stream(run.config.distill.pretrain_splits, run.config.seed + 10**6) if run.with_pretrain else iter(())
+    train, progress, distill, seed = run.stage.train, run.progress, run.config.distill, run.config.seed
+    batches = run.stream(train.splits, seed)
+    corpus = run.stream(distill.pretrain_splits, seed + 10**6, distill.pretrain_shards) if run.with_pretrain else iter(())
     validation = list(read_split(run.config, "val", run.spec, train.images_per_micro_batch, run.rank, run.world))
     exported = progress.step > 0 and exists(open_folder(run.stage.folder), "model/config.json")
     if not exported:  # no model that the best loss so far would belong to

@@ -180,7 +180,8 @@ def memory(config: Config, stage: Stage) -> dict[str, dict[str, float]]:
     if teacher and on_policy:
         columns = _capacity(load)
         first, second = (load.rows * m.cache(columns, s) for m in (teacher, student))
-        lockstep = load.prompt if loss.alpha > 0 else load.columns  # a teacher without a share reads all at the end
+        apart = loss.alpha == 0 or (loss.preset == "gkd" and loss.alpha < 1)  # a teacher without a share reads all at the end
+        lockstep = load.columns if apart else load.prompt
         prefill = max(_forward(teacher, load, lockstep, s) - second, _forward(student, load, load.prompt, s))
         work = max(kept, 9 * step_MV, prefill - kept)
         found["rollout"] = between | {"gathered weights": gathered, "KV caches": first + second, "at work": work}

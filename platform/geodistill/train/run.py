@@ -1,6 +1,7 @@
 """What a Ray Train worker has: models, engine, checkpoints and data, made once. loop.py runs it."""
 
 import os
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -26,7 +27,7 @@ from geodistill.train import engine
 from geodistill.train.checkpoint import Checkpoints
 from geodistill.train.collapse import split
 from geodistill.train.plan import check_memory
-from geodistill.train.stage import Stage, checkpoints_of
+from geodistill.train.stage import Stage, checkpoints_of, on_shards
 
 
 class Stopped(Exception):
@@ -181,9 +182,10 @@ class Run:
         if self.rank == 0 and self.device.type == "cuda":
             print(f"[{self.stage.name}] attention of updates: {name} ({told})", flush=True)
 
-    def stream(self, splits: list[str], seed: int):
-        """This worker's micro-batches from the current step on."""
-        return stream(self.config, splits, self.stage.train, self.spec, seed, self.rank, self.world, self.progress.step)
+    def stream(self, splits: list[str], seed: int, shards: str = "") -> Iterator[MicroBatch]:
+        """This worker's micro-batches from the current step on. shards: of which prepared data; "" = data.shards."""
+        config, at = on_shards(self.config, shards), self.progress.step
+        return stream(config, splits, self.stage.train, self.spec, seed, self.rank, self.world, at)
 
     def rows(self, batch: MicroBatch) -> tuple[Rows, Any]:
         """(rows, what the models take of the images) on the device; images of nothing for a blind stage."""

@@ -22,6 +22,11 @@ class Stage:
         return self.train.keep == "best" and self.train.method != "distill"
 
 
+def on_shards(config: Config, shards: str) -> Config:
+    """The same settings, with the data of `shards`; "" = those of data.shards."""
+    return replace(config, data=replace(config.data, shards=shards or config.data.shards))
+
+
 def checkpoints_of(config: Config, stage: Stage) -> str:
     """The folder of a stage's checkpoints, local or s3://."""
     return f"{config.checkpoints}/{stage.name}" if config.checkpoints else f"{stage.folder}/checkpoints"

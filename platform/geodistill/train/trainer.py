@@ -25,7 +25,7 @@ from geodistill.models import assemble
 from geodistill.models.pair import check_stage_pair
 from geodistill.train.checkpoint import newest_step
 from geodistill.train.notice import notice_of_sigterm
-from geodistill.train.stage import Stage, checkpoints_of
+from geodistill.train.stage import Stage, checkpoints_of, on_shards
 
 
 class TrainingFailed(JobFailed):
@@ -43,23 +43,31 @@ def settings_of(config: Config, stage: Stage) -> dict:
     model = getattr(config, stage.role).model
     found = {"seed": config.seed, "system": config.system, "train": train, "model": asdict(model)}
     found["data"] = {k: v for k, v in asdict(config.data).items() if k not in ("shards", "name")}
-    splits = {*stage.train.splits, "val", *(config.distill.pretrain_splits if stage.train.method == "distill" else ())}
-    manifest = load_manifest(config.data.shards)["splits"]
-    found["shards"] = [shard["sha256"] for split in sorted(splits & manifest.keys()) for shard in manifest[split]["shards"]]
+    on_policy, distill = stage.train.method == "distill", config.distill
+    splits = {*stage.train.splits, "val", *(distill.pretrain_splits if on_policy and not distill.pretrain_shards else ())}
+    found["shards"] = _digests(config.data.shards, splits)
+    if on_policy and distill.pretrain_shards:
+        found["pretrain_shards"] = _digests(distill.pretrain_shards, set(distill.pretrain_splits))
     found["cluster"] = {"precision": config.cluster.precision}  # not workers and zero_stage: they learn the same
     if config.image_size:
         found["image_size"] = config.image_size
     if stage.teacher:
         found["teacher_bits"] = config.distill.teacher_bits
     loss = asdict(config.distill.loss)
-    if stage.train.method == "distill":
-        found["loss"] = loss
+    if on_policy:
+        found["loss"] = {k: v for k, v in loss.items() if k != "gkd_beta" or loss["preset"] == "gkd"}
     elif stage.train.method == "kd":
         found["loss"] = {k: v for k, v in loss.items() if k.startswith("kd_")}
     weights = {"teacher": stage.teacher, "start": stage.weights, "init": model.init, "tower": model.tower}
     found["weights"] = {name: assemble.weights_digest(folder) for name, folder in weights.items() if folder}
     here = str(Path.cwd()) + "/"  # a project folder may be moved
     return json.loads(json.dumps(found).replace(here, ""))
+
+
+def _digests(shards: str, splits: set[str]) -> list[str]:
+    """Of every shard of those splits that are there."""
+    found = load_manifest(shards)["splits"]
+    return [shard["sha256"] for split in sorted(splits & found.keys()) for shard in found[split]["shards"]]
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict:
@@ -153,15 +161,16 @@ def check_stage(config: Config, stage: Stage) -> None:
 def check_shards(config: Config, stage: Stage) -> None:
     """Raise ValueError for prepared data that a stage cannot learn from."""
     shards = stage.train.shards or config.data.shards
-    manifest = load_manifest(shards, [*stage.train.splits, "val"])
+    needed = [(shards, [*stage.train.splits, "val"])]
     if stage.train.method == "distill" and config.distill.loss.pretrain > 0:
-        load_manifest(shards, config.distill.pretrain_splits)
-    per_group = manifest["settings"]["images_per_group"]
-    if stage.train.images_per_micro_batch % per_group:
-        raise ValueError(
-            f"images_per_micro_batch={stage.train.images_per_micro_batch} of {stage.name} must be a multiple of {per_group}, "
-            f"the images_per_group that {shards} was made with"
-        )
+        needed.append((config.distill.pretrain_shards or shards, config.distill.pretrain_splits))
+    for folder, splits in needed:
+        per_group = load_manifest(folder, splits)["settings"]["images_per_group"]
+        if stage.train.images_per_micro_batch % per_group:
+            raise ValueError(
+                f"images_per_micro_batch={stage.train.images_per_micro_batch} of {stage.name} must be a multiple of {per_group}, "
+                f"the images_per_group that {folder} was made with"
+            )
 
 
 def fit(config: Config, stage: Stage, work: Callable[[dict], dict] | None = None, callbacks: Sequence[UserCallback] = ()) -> None:
@@ -171,7 +180,7 @@ def fit(config: Config, stage: Stage, work: Callable[[dict], dict] | None = None
     report at each validation. Raises ValueError for what the user can mend, TrainingFailed for what broke on the way, JobStopped
     after SIGTERM.
     """
-    config = replace(config, data=replace(config.data, shards=stage.train.shards or config.data.shards))
+    config = on_shards(config, stage.train.shards)
     check_stage(config, stage)
     settings = settings_of(config, stage)
     if is_finished(stage.folder, settings):
