@@ -7,7 +7,7 @@ Data, teacher and warm start are those of the run and the same for all (make dem
 from dataclasses import replace
 
 from geodistill.cli import main
-from geodistill.config import Config, changed
+from geodistill.config import Config, ConfigError, changed
 
 
 def variant(config: Config, name: str) -> str:
@@ -24,6 +24,15 @@ def variant(config: Config, name: str) -> str:
         loop = replace(loop, name=f"ablation/{slug}", folder=f"{config.run}/ablation/{slug}")
     fit(one, loop)
     return f"{loop.folder}/model"
+
+
+def check_variants(config: Config) -> None:
+    """Raise ConfigError, before anything is trained, for a variant whose settings contradict each other."""
+    for name, overrides in config.ablation.items():
+        try:
+            changed(config, overrides)
+        except ConfigError as error:
+            raise ConfigError(f"ablation: {name!r}: {error}") from error
 
 
 def ablation_job(config: Config) -> None:
@@ -46,4 +55,4 @@ def ablation_job(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main("ablation", ablation_job)
+    main("ablation", ablation_job, check=check_variants)

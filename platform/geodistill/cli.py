@@ -48,7 +48,7 @@ def main(
     """Run `check`, then `work`, with the settings of the command line, the latter in the cluster of this process or a local Ray.
 
     Exit codes: 0 done; 1 data or training failed, with the reason on stderr; 2 wrong settings, before Ray starts; 3 stopped by
-    SIGTERM, with a checkpoint: the same command goes on.
+    SIGTERM: the same command goes on.
     """
     config, begun, code, said = settings(job), time.time(), 1, "it broke off"
     try:

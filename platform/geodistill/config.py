@@ -151,7 +151,8 @@ class TrainConfig:
 @dataclass
 class LossConfig:
     preset: str = option(
-        "paper", "paper | reference: the long-term return as MiniLLM's published code shapes it | the baselines seqkd, gkd"
+        "paper",
+        "paper | reference: the long-term return as MiniLLM's published code shapes it | seqkd, gkd: one term, weighed by single",
     )
     alpha: float = option(
         0.2,
@@ -395,16 +396,18 @@ class Domain:
 
 def search_space(space: dict[str, str]) -> dict[str, Domain]:
     """sweep.space, read: "A | B | C", "LOW .. HIGH" or "LOW .. HIGH log". Raises ConfigError with the key and the remedy."""
-    known = [name for name, *_ in keys()]
+    known = {name: kind for name, kind, *_ in keys()}
     found = {}
     for key, text in space.items():
         if key not in known or not key.startswith(("distill.", "student.", "seed")):
             near = difflib.get_close_matches(key, [name for name in known if name.startswith("distill.")], n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"sweep.space: {key!r} is no key of distill or student that could be swept{hint}")
-        if ".." not in text:
+        if ".." not in text or known[key] == "str":
             found[key] = Domain(tuple(_value(part) for part in text.split("|")))
             continue
+        if known[key] != "float":
+            raise ConfigError(f"sweep.space: {key}={text!r}: a range has fractions, and that key takes none; write A | B | C")
         ends, _, kind = text.strip().partition(" log")
         try:
             low, high = (float(part) for part in ends.split(".. ") if part)
@@ -522,9 +525,12 @@ def absolute(config: Config) -> Config:
         return str(Path(path).absolute()) if path and "://" not in path else path
 
     tree = OmegaConf.structured(config)
-    for name, _, _, unit, _ in keys():
-        if unit == "path":
-            OmegaConf.update(tree, name, of(OmegaConf.select(tree, name)))
+    paths = [name for name, _, _, unit, _ in keys() if unit == "path"]
+    for name in paths:
+        OmegaConf.update(tree, name, of(OmegaConf.select(tree, name)))
+    for name, text in config.sweep.space.items():
+        if name in paths:
+            tree.sweep.space[name] = " | ".join(of(part.strip()) for part in text.split("|"))
     for name, path in config.evaluate.models.items():
         tree.evaluate.models[name] = of(path)
     if config.data.annotations:  # relative to data.root, or absolute

@@ -8,7 +8,10 @@ then are taken as they were, so that search and scheduler stand where they stood
 
 import hashlib
 import json
+import os
 import re
+import signal
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -21,6 +24,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, Searcher
 
+from geodistill.cli import JobStopped
 from geodistill.cluster import Nodes, need, places, total
 from geodistill.config import Config, ConfigError, as_yaml, changed, search_space
 from geodistill.data.files import (
@@ -73,12 +77,13 @@ def one(config: Config, values: dict[str, Any]) -> tuple[Config, list[Stage]]:
 def trial(values: dict[str, Any], config: Config) -> None:
     """What Tune runs: report what this trial had reported before it was interrupted, then go on."""
     config, (*warm, loop) = one(config, values)
-    for row in reported(loop.folder):
-        tune.report(row)
-    for stage in warm:
-        with lock(stage.folder):  # one trial trains it, the others wait for it
-            fit(config, stage)
-    fit(config, loop, callbacks=[TuneReportCallback()])
+    with lock(loop.folder):  # random search and Optuna may draw the same values twice: the second finds what the first has left
+        for row in reported(loop.folder):
+            tune.report(row)
+        for stage in warm:
+            with lock(stage.folder):  # one trial trains it, the others wait for it
+                fit(config, stage)
+        fit(config, loop, callbacks=[TuneReportCallback()])
 
 
 def reported(folder: str) -> list[dict]:
@@ -154,7 +159,9 @@ def searcher(config: Config, parallel: int) -> tuple[Searcher | BasicVariantGene
 
 
 def sweep(config: Config) -> dict:
-    """Run or go on with the sweep of the settings; returns what sweep.json holds. Raises ValueError where nothing can run.
+    """Run or go on with the sweep of the settings; returns what sweep.json holds.
+
+    Raises ValueError where nothing can run, JobStopped after SIGTERM, KeyboardInterrupt after Ctrl-C: the same command goes on.
 
     Writes run/sweep: trials/NAME (as distill has them), warm/, decisions.jsonl, sweep.json, sweep.png, best/model.
     """
@@ -168,19 +175,23 @@ def sweep(config: Config) -> dict:
             f"{folder}/config.yaml and these settings differ; give the command of then to go on, choose another run=FOLDER, or "
             "delete that folder"
         )
-    cluster = config.cluster
+    cluster, train = config.cluster, config.distill.train
+    if options.metric != "validation_loss" and train.validate_every % train.log_every:
+        raise ValueError(
+            f"sweep.metric={options.metric} is read at validations: distill.train.validate_every={train.validate_every} must be "
+            f"a multiple of distill.train.log_every={train.log_every}"
+        )
     fits, lacks = partial(at_once, config), partial(lacking, cluster)
     parallel = need("sweep", fits, lacks, bundles_of(cluster), cluster.wait)
     search, space, samples = searcher(config, parallel)
-    loop = config.distill.train
     asha = None
     if options.scheduler == "asha":
-        if options.grace > loop.steps:
+        if options.grace > train.steps:
             raise ValueError(
-                f"sweep.grace={options.grace} is beyond distill.train.steps={loop.steps}: no trial could be stopped early; lower "
-                "sweep.grace, or set sweep.scheduler=none"
+                f"sweep.grace={options.grace} is beyond distill.train.steps={train.steps}: no trial could be stopped early; "
+                "lower sweep.grace, or set sweep.scheduler=none"
             )
-        asha = Remembered(folder, max_t=loop.steps, grace_period=options.grace, reduction_factor=options.reduction)
+        asha = Remembered(folder, max_t=train.steps, grace_period=options.grace, reduction_factor=options.reduction)
     write_text(files, "config.yaml", asked)
     if files.get_file_info("tune").type == FileType.Directory:
         files.delete_dir("tune")  # Ray's own record of a run that was interrupted; not read
@@ -199,15 +210,39 @@ def sweep(config: Config) -> dict:
         run_config=tune.RunConfig(name="tune", storage_path=path, storage_filesystem=store, verbose=1),
     )
     start = time.time()
-    results = tuner.fit()
+    results = run(tuner)
     ended = [results[i] for i in range(len(results))]
     found = summary(config, [(dict(r.config or {}), str(r.error).splitlines()[-1] if r.error else "") for r in ended])
     found["seconds"] = time.time() - start
     write_json(files, "sweep.json", found)
-    with written(folder) as here:
-        sweep_figure(config, found).savefig(here / "sweep.png", dpi=150)
+    if any(row[options.metric] is not None for row in found["trials"]):
+        with written(folder) as here:
+            sweep_figure(config, found).savefig(here / "sweep.png", dpi=150)
     keep_best(config, found)
     return found
+
+
+def run(tuner: tune.Tuner) -> tune.ResultGrid:
+    """Its trials, ended.
+
+    Raises JobStopped after SIGTERM, KeyboardInterrupt after Ctrl-C, which Tune would take for the end of the sweep.
+    """
+    told = threading.Event()
+
+    def stop(*_: Any) -> None:
+        told.set()
+        raise KeyboardInterrupt  # an Exception could be taken for that of a trial
+
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        return tuner.fit()
+    except KeyboardInterrupt:
+        if not told.is_set():
+            raise
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: not Python's
+    raise JobStopped("the sweep was stopped; the same command goes on, trials that ran from their last checkpoints")
 
 
 def summary(config: Config, trials: list[tuple[dict, str]]) -> dict:
@@ -215,9 +250,9 @@ def summary(config: Config, trials: list[tuple[dict, str]]) -> dict:
     metric, sign = config.sweep.metric, 1 if config.sweep.mode == "min" else -1
     rows = []
     for values, error in trials:
-        _, (*_, loop) = one(config, values)
-        figures = reported(loop.folder)
-        state = "finished" if exists(open_folder(loop.folder), "done.json") else f"failed: {error}" if error else "stopped early"
+        folder = f"{config.run}/sweep/trials/{name_of(values)}"
+        figures = reported(folder)
+        state = "finished" if exists(open_folder(folder), "done.json") else f"failed: {error}" if error else "stopped early"
         last = figures[-1] if figures else {}
         rows.append({"name": name_of(values), "values": values, "state": state, STEP: last.get(STEP, 0), metric: last.get(metric),
                      "figures": {k: last[k] for k in ("reverse_kl", "agreement", "length") if k in last}})  # fmt: skip

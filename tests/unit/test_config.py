@@ -1,5 +1,6 @@
 """A wrong config is refused early, with the key and the remedy."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,13 @@ def test_file_then_overrides(tmp_path):
 
 def test_an_empty_value_is_an_empty_text():
     assert load(str(ROOT / "configs/demo.yaml"), ["student.model.tower=", "run=a=b"]).student.model.tower == ""
+
+
+def test_a_contradiction_in_a_variant_is_told_before_the_first_is_trained():
+    check = runpy.run_path(str(ROOT / "jobs/ablation.py"))["check_variants"]
+    check(load(None, []))
+    with pytest.raises(ConfigError, match=r"ablation: 'x': distill\.loss\.preset=seqkd"):
+        check(load(None, ["ablation={full: [], x: [distill.loss.preset=seqkd]}"]))
 
 
 def test_saved_config_loads_again(tmp_path):

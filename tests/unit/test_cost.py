@@ -328,6 +328,11 @@ def test_time_is_bytes_or_flops_over_the_rates_that_are_reached() -> None:
     assert cost["all-reduce"].seconds(faster) == cost["all-reduce"].sent / 25e9
     warm = plan.work(config, stages(config, "distill")[0])
     assert warm["decode"].flops == 0 and warm["teacher's pass"].flops > 0
+    alone = [plan.work(changed(config, [f"distill.loss.alpha={alpha}"]), stage) for alpha in (0, 1)]
+    mixed = plan.work(changed(config, ["distill.loss.preset=gkd", "distill.loss.alpha=0.25"]), stage)
+    for part in ("prefill", "decode", "teacher's pass"):  # with gkd now the one writes, now the other
+        assert mixed[part].flops == pytest.approx(0.75 * alone[0][part].flops + 0.25 * alone[1][part].flops)
+    assert sum(one["decode"].flops for one in alone) == pytest.approx(cost["decode"].flops)  # with a mixture both do
 
 
 def run(monkeypatch, *arguments: str) -> None:

@@ -2,17 +2,22 @@
 
 import gc
 import json
+import os
 import random
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
-from geodistill.config import ConfigError, Domain, ModelConfig, VisionConfig, load, search_space
+from geodistill.cli import JobStopped
+from geodistill.config import ConfigError, Domain, ModelConfig, VisionConfig, absolute, load, search_space
 from geodistill.evaluate.plots import heat_map, parallel_coordinates
 from geodistill.models import assemble
 from geodistill.sweep import Remembered, at_once, keep_best, name_of, reported, summary, sweep_figure, sweep_table
+from geodistill.sweep import run as ended
 
 STAGES = ("teacher.train", "student.train", "distill.warm_start", "distill.train")
 ALPHA, HEAT, RATE = "distill.loss.alpha", "distill.loss.temperature", "distill.train.learning_rate"
@@ -34,11 +39,20 @@ def test_values_and_ranges_are_read():
         ({HEAT: "2 .. 0.5"}, r"is no range; write LOW \.\. HIGH"),
         ({RATE: "0 .. 1 log"}, "with LOW above 0"),
         ({HEAT: "warm .. hot"}, "is no range"),
+        ({"distill.train.steps": "100 .. 400"}, r"takes none; write A \| B \| C"),
     ],
 )
 def test_a_wrong_space_names_the_key(space, said):
     with pytest.raises(ConfigError, match=said):
         search_space(space)
+
+
+def test_folders_of_a_space_are_made_absolute(monkeypatch, tmp_path):
+    """A trial runs in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    config = absolute(load(None, ["sweep.space={distill.teacher: ../a/model | s3://b/model, distill.loss.alpha: 0 | 1}"]))
+    found = search_space(config.sweep.space)
+    assert found["distill.teacher"].values == (f"{tmp_path}/../a/model", "s3://b/model") and found[ALPHA].values == (0, 1)
 
 
 def test_a_grid_of_ranges_is_refused():
@@ -157,6 +171,25 @@ def test_summary_table_figure_and_best(tmp_path, monkeypatch):
     assert "stopped early" in table and "2.0000" in table and "sweep/best/model" in table
     axes = sweep_figure(config, found).axes
     assert axes[0].get_xlabel() == ALPHA and {text.get_text() for text in axes[0].texts} == {"2.5", "2", "1"}
+
+
+def test_a_trial_whose_settings_contradict_each_other_costs_the_others_nothing(tmp_path):
+    config = load(None, [f"run={tmp_path}", "sweep.space={distill.loss.preset: paper | seqkd}"])
+    rows(tmp_path / "sweep/trials/preset=paper", [1.0])
+    (tmp_path / "sweep/trials/preset=paper/done.json").write_text("{}")
+    found = summary(config, [({"distill.loss.preset": "paper"}, ""), ({"distill.loss.preset": "seqkd"}, "set alpha=1")])
+    assert [row["state"] for row in found["trials"]] == ["finished", "failed: set alpha=1"]
+
+
+def test_signals_end_a_sweep_and_are_no_result():
+    def tuner(number: int):
+        return SimpleNamespace(fit=lambda: (os.kill(os.getpid(), number), time.sleep(10)))
+
+    with pytest.raises(JobStopped, match="same command"):
+        ended(tuner(signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        ended(tuner(signal.SIGINT))
+    assert signal.getsignal(signal.SIGTERM) is not None and os.environ["TUNE_DISABLE_SIGINT_HANDLER"] == "1"
 
 
 def test_figures_draw_every_trial():

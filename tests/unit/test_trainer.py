@@ -81,7 +81,7 @@ def test_stages_of_the_jobs(run):
     assert not stages(settings(run), "finetune")[0].train.blind
 
 
-def test_a_finished_stage_remembers_its_settings(run, tmp_path):
+def test_a_finished_stage_remembers_its_settings(run, tmp_path, capsys):
     config = settings(run)
     (stage,) = stages(config, "finetune")
     assert not is_finished(str(tmp_path), settings_of(config, stage))
@@ -93,6 +93,12 @@ def test_a_finished_stage_remembers_its_settings(run, tmp_path):
     config = settings(run, "seed=3")
     with pytest.raises(ValueError, match=r"seed: 0 -> 3"):
         is_finished(str(tmp_path), settings_of(config, stage))
+    (tmp_path / "done.json").rename(tmp_path / "settings.json")
+    (tmp_path / "settings.json").write_text(json.dumps(settings_of(settings(run), stage)))
+    (tmp_path / "ray").mkdir()
+    (slower,) = stages(settings(run, "student.train.learning_rate=0.5"), "finetune")
+    assert not is_finished(str(tmp_path), settings_of(settings(run), slower))
+    assert "goes on with another learning_rate" in capsys.readouterr().out  # a remedy, but not in silence
 
 
 def test_learning_rate_rises_and_falls(run):

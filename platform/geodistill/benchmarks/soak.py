@@ -17,6 +17,7 @@ from statistics import median
 
 import psutil
 
+from geodistill.benchmarks.data import raylet
 from geodistill.benchmarks.faults import ending, faulty, running, stage_of, started, trace
 from geodistill.benchmarks.scaling import ready
 from geodistill.config import Config, changed
@@ -101,19 +102,20 @@ def soaked(config: Config, stage: Stage, quiet: Stage) -> tuple[dict[str, int], 
             title = VICTIMS[turn % 2]
             until = time.time() + PAUSE / 2
             while time.time() < until and not done.is_set():  # a decoding process lives for moments
-                if found := running(title):
-                    found[-1].kill()
-                    killed[title] += 1
-                    break
+                with suppress(psutil.NoSuchProcess):
+                    if found := running(title):
+                        found[-1].kill()
+                        killed[title] += 1
+                        break
             turn += 1
 
     def look(beside: subprocess.Popen) -> None:
-        this, other = psutil.Process(), psutil.Process(beside.pid)
+        this, other, parent = psutil.Process(), psutil.Process(beside.pid), raylet()
         while not done.wait(EVERY):
             theirs = set[psutil.Process]()
             with suppress(psutil.NoSuchProcess):
                 theirs = {other, *other.children(recursive=True)} if beside.poll() is None else theirs
-            ours = {this, *this.children(recursive=True)} - theirs
+            ours = {this, *this.children(recursive=True), parent, *parent.children(recursive=True)} - theirs
             for seen, processes in zip(looks, (ours, theirs), strict=True):
                 seen += [memory_of(processes)] if processes else []
 

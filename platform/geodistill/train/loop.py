@@ -74,6 +74,7 @@ def worker(job: dict) -> dict[str, int]:
             progress.last = validate(run, validation)
             row = {"step": done, "validation_loss": progress.last}
             report.write(row)
+            report.publish()  # before what hears of it may end this process
             ray.train.report(report.row | row)
             if not run.stage.keep_best or progress.last < progress.best or not exported:
                 run.export()

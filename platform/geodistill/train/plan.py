@@ -351,8 +351,9 @@ def work(config: Config, stage: Stage) -> dict[str, Cost]:
     """One step of one worker by part.
 
     tower: each image once, where teacher and student share a frozen tower, else twice. prefill: both models read R P tokens.
-    decode: T times both read their weights and KV caches, for R n tokens; with alpha = 0 the student alone. teacher's pass: over
-    the responses, with kd and alpha = 0. update: the student's forward
+    decode: T times those that write read their weights and KV caches, for R n tokens: both; the student alone with alpha = 0, the
+    teacher with alpha = 1; with gkd each alone in its share of the micro-batches. teacher's pass: over the responses, with kd and
+    where it does not write. update: the student's forward
     pass; the gradient of its activations, as much again; that of the weights it trains; with gradient checkpointing another
     forward pass. all-reduce: a ring sends 2 (W - 1) / W of the gradients (Patarasuk and Yuan, 2009), once a step, from ZeRO 2
     on at every pass; ZeRO gathers the weights after the step, ZeRO 3 also twice a pass. Left out: AdamW, data, checkpoints.
@@ -374,15 +375,19 @@ def work(config: Config, stage: Stage) -> dict[str, Cost]:
         stored = frozen_bytes(teacher, config.distill.teacher_bits, s)
         sent += ring * stored * cluster.shard_teacher
         if on_policy:
-            weights = stored * teacher.language / teacher.weights + s * student.language
-            middle = load.prompt + load.questions * load.tokens // 2
-            both: tuple[Shape, ...] = (teacher, student)
-            if config.distill.loss.alpha == 0:
-                weights, both = s * student.language, (student,)
-                found["teacher's pass"] = Cost(load.micros * teacher.text_flops(X, load.columns, 0))
-            step = sum(m.text_flops(R * load.questions, middle, R * load.questions) for m in both)
-            read = weights + R * sum(m.cache(middle, s) for m in both)
-            found["prefill"] = Cost(load.micros * sum(m.text_flops(R * load.prompt, load.prompt, 0) for m in both))
+            alpha, middle = config.distill.loss.alpha, load.prompt + load.questions * load.tokens // 2
+            apart = config.distill.loss.preset == "gkd"
+            shares = (
+                (alpha, 1 - alpha) if apart else (float(alpha > 0), float(alpha < 1))
+            )  # of the micro-batches that each writes
+            writers = tuple(zip((teacher, student), shares, strict=True))
+            found["teacher's pass"] = Cost(load.micros * (1 - shares[0]) * teacher.text_flops(X, load.columns, 0))
+            step = sum(share * m.text_flops(R * load.questions, middle, R * load.questions) for m, share in writers)
+            weights = shares[0] * stored * teacher.language / teacher.weights + shares[1] * s * student.language
+            read = weights + R * sum(share * m.cache(middle, s) for m, share in writers)
+            found["prefill"] = Cost(
+                load.micros * sum(share * m.text_flops(R * load.prompt, load.prompt, 0) for m, share in writers)
+            )
             found["decode"] = Cost(load.micros * load.tokens * step, load.micros * load.tokens * read)
         else:
             found["teacher's pass"] = Cost(load.micros * teacher.text_flops(X, load.columns, 0))

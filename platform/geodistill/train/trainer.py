@@ -85,8 +85,11 @@ def _need_same(folder: str, was: str, old: dict, new: dict, free: tuple[str, ...
     before = {k: v for k, v in defaults.items() if k in now} | before
     changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and k not in free]
     if changed:
-        shown = "; ".join(f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in changed[:3])
+        shown = "; ".join(f"{k}: {before.get(k)!r:.80} -> {now.get(k)!r:.80}" for k in changed[:3])
         raise ValueError(f"{folder} was {was} with other settings ({shown}); choose another run=FOLDER, or delete that folder")
+    for key in free:
+        if before.get(key) != now.get(key):
+            print(f"{folder} goes on with another {key.removeprefix('train.')}: {before.get(key)} -> {now.get(key)}", flush=True)
 
 
 def is_finished(folder: str, settings: dict) -> bool:
