@@ -82,8 +82,9 @@ def connect() -> None:
         dashboard_port=port,
         runtime_env={"env_vars": {**ENVIRONMENT, **api}},
         log_to_driver=True,
-        # Ray ends a process that was idle for a second: each window of data would start, and import torch, in a new one.
-        _system_config={"idle_worker_killing_time_threshold_ms": 600_000},
+        # Ray ends a process that was idle for a second: each window of data would start, and import torch, in a new one. And it
+        # remembers 100,000 calls that have ended, some 3 KB each: the looks at workers alone are ten a second.
+        _system_config={"idle_worker_killing_time_threshold_ms": 600_000, "task_events_max_num_task_in_gcs": 10_000},
     )
 
 
