@@ -38,7 +38,7 @@ def test_a_baseline_with_a_corpus_of_its_own(first):
     from geodistill.data.prepare import prepare
 
     run = Path(first.run).parent / "gkd"
-    corpus = settings(run, f"data.shards={run}/corpus", "seed=1", "data.unlabelled=0")
+    corpus = settings(run, f"data.shards={run}/corpus", "data.seed=1", "data.unlabelled=0")
     start = [f"student.model.init={first.run}/distill/warm/model", "distill.warm_start.steps=0", "distill.train.steps=2",
              f"distill.teacher={first.distill.teacher}", "distill.loss.preset=gkd", "distill.loss.alpha=0.5"]  # fmt: skip
     with pytest.raises(ValueError, match=rf"{run}/corpus.*prepare"):
