@@ -48,7 +48,7 @@ def main(
     """Run `check`, then `work`, with the settings of the command line, the latter in the cluster of this process or a local Ray.
 
     Exit codes: 0 done; 1 data or training failed, with the reason on stderr; 2 wrong settings, before Ray starts; 3 stopped by
-    SIGTERM: the same command goes on.
+    SIGTERM, 130 by Ctrl-C: the same command goes on.
     """
     config, begun, code, said = settings(job), time.time(), 1, "it broke off"
     try:
@@ -62,6 +62,10 @@ def main(
     except (ValueError, OSError, JobFailed) as error:
         code, said = 3 if isinstance(error, JobStopped) else 2 if isinstance(error, ConfigError) else 1, str(error)
         print(f"{job}: {error}", file=sys.stderr)
+        raise SystemExit(code) from error
+    except KeyboardInterrupt as error:
+        code, said = 130, "stopped by Ctrl-C; the same command goes on"
+        print(f"{job}: {said}", file=sys.stderr)
         raise SystemExit(code) from error
     except BaseException as error:
         said = f"{type(error).__name__}: {error}".removesuffix(": ")

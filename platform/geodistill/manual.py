@@ -64,7 +64,8 @@ def page(job: str) -> str:
     about = ast.get_docstring(ast.parse((ROOT / f"jobs/{job}.py").read_text())) or ""
     lines = [f"# jobs/{job}.py", "", about, "", "```", f"python jobs/{job}.py --config FILE [key=value ...]", "```", "",
              "Exit codes: 0 done; 1 data or training failed, with the reason; 2 wrong settings, before anything starts; 3 ended "
-             "by SIGTERM: the same command goes on, a stage where it was, the trials of a sweep from their last checkpoints.", "",
+             "by SIGTERM, 130 by Ctrl-C: the same command goes on, a stage where it was, the trials of a sweep from their last "
+             "checkpoints.", "",
              "| key | type | default | meaning |", "|---|---|---|---|"]  # fmt: skip
     for name, kind, default, unit, meaning in keys_of(job):
         cells = f"`{name}`", f"`{kind}`", f"`{_shown(default)}`", f"{meaning}{f' [{unit}]' if unit else ''}"
@@ -114,7 +115,7 @@ def record(run: str, job: str, arguments: list[str], begun: float, code: int, sa
         lines += [f"| `{name}` | {what} |" for name, what in FOLDERS.items() if name in {*there, "jobs.jsonl"}]
         command = f"python jobs/{job}.py {shlex.join(arguments)}"
         lines += ["", f"Last: `{command}`, from {times[0]} to {times[1]}, exit code {code}: {said}", "",
-                  "Exit codes: 0 done; 1 data or training failed; 3 ended by SIGTERM. The same command "
+                  "Exit codes: 0 done; 1 data or training failed; 3 ended by SIGTERM, 130 by Ctrl-C. The same command "
                   "goes on where a job stopped.", ""]  # fmt: skip
         write_text(folder, "README.md", "\n".join(lines))
 

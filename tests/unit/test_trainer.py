@@ -1,9 +1,11 @@
 """Before a worker starts: pairs and data that cannot work are refused; stages, skip and learning rate."""
 
 import json
+import signal
 import threading
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,8 +14,10 @@ from geodistill.cli import JobStopped
 from geodistill.config import ClusterConfig, TrainConfig, load
 from geodistill.data.prepare import prepare
 from geodistill.models import assemble
+from geodistill.train import trainer
 from geodistill.train.checkpoint import CheckpointFailed
 from geodistill.train.loop import NotFinite, learning_rate
+from geodistill.train.notice import _sigterm
 from geodistill.train.stage import stages
 from geodistill.train.trainer import check_stage, is_finished, reason_of, retries, settings_of, workers_of, workers_that_fit
 
@@ -176,3 +180,22 @@ def test_a_cluster_that_is_too_small_is_waited_for_a_local_ray_is_not(run, monke
     monkeypatch.setattr(cluster, "_started", True)
     with pytest.raises(ValueError, match=r"needs at least 2.5 CPUs .* but this Ray has 0 CPUs"):
         workers_of(config, stage, threading.Event())
+
+
+def test_ctrl_c_is_what_it_was_when_ray_train_has_ended():
+    """Ray Train leaves a handler behind that asks an ended run to stop: an evaluation after it could not be interrupted."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with _sigterm(None) as told:
+        signal.signal(signal.SIGINT, lambda *_: None)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before and not told.is_set()
+
+
+def test_ray_trains_exit_after_ctrl_c_is_a_ctrl_c(run, monkeypatch):
+    def ends(_):
+        raise SystemExit(0)
+
+    monkeypatch.setattr(trainer.TorchTrainer, "fit", ends)
+    config = settings(run)
+    (stage,) = stages(config, "finetune")
+    with pytest.raises(KeyboardInterrupt):
+        trainer._attempt(config, stage, "", 1, print, SimpleNamespace(wait=SimpleNamespace(remote=list)), ())

@@ -256,7 +256,10 @@ def _attempt(config: Config, stage: Stage, identity: str, workers: int, work: Ca
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),  # type: ignore[call-arg]
         ),
     )
-    return cast(Any, trainer.fit()).return_value
+    try:
+        return cast(Any, trainer.fit()).return_value
+    except SystemExit as error:  # of Ray Train's handler of Ctrl-C, when the workers are gone
+        raise KeyboardInterrupt from error
 
 
 def reason_of(error: BaseException) -> BaseException:
