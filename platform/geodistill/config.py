@@ -330,7 +330,8 @@ class PlanConfig:
     decode_ms: float = option(7.0, "scaling: time of a core to decode, resize and tokenise an image with its questions", "ms")
 
 
-ALONE = ("distill.loss.align=0", "distill.loss.pretrain=0")  # a baseline as it was published
+SEQKD = ["distill.loss.preset=seqkd", "distill.loss.alpha=1", "distill.loss.align=0"]
+GKD = ["distill.loss.preset=gkd", "distill.loss.alpha=0.5", "distill.loss.align=0"]
 
 
 @dataclass
@@ -351,8 +352,10 @@ class Config:
             "- PT": ["distill.loss.pretrain=0"],
             "sft": ["distill.train.method=sft", "distill.train.splits=[train]"],
             "kd": ["distill.train.method=kd", "distill.train.splits=[train]"],
-            "seqkd": ["distill.loss.preset=seqkd", "distill.loss.alpha=1", *ALONE],
-            "gkd": ["distill.loss.preset=gkd", "distill.loss.alpha=0.5", *ALONE],
+            "seqkd": [*SEQKD, "distill.loss.pretrain=0"],
+            "gkd": [*GKD, "distill.loss.pretrain=0"],
+            "seqkd + PT": SEQKD,
+            "gkd + PT": GKD,
         },
         metadata={
             "help": "jobs/ablation.py: name of a variant -> its overrides; the first is what the others are compared with",

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 QUICK = ("worker killed in a checkpoint",)  # the others: make test-all
 INSIDE = ("worker killed in a rollout", "worker killed in an update", "NaN gradient on one worker", "data task killed",
           "disk full in a checkpoint", "shards vanish")  # fmt: skip
-OUTSIDE = ("driver killed", "SIGTERM", "object store fails at times")
+OUTSIDE = ("driver killed", "SIGTERM", "Ctrl-C", "object store fails at times")
 
 
 def of(first, *overrides: str):
@@ -68,7 +68,7 @@ def test_faults_inside(first, loop, monkeypatch):
 def test_faults_outside(first, loop, monkeypatch):
     found = measured(of(first), loop, OUTSIDE, monkeypatch)
     check(found)
-    assert "exit code 3 after" in found["SIGTERM"]["said"]
+    assert "exit code 3 after" in found["SIGTERM"]["said"] and "exit code 130 after" in found["Ctrl-C"]["said"]
     assert float(found["SIGTERM"]["said"].split()[-2]) < faults.NOTICE
 
 

@@ -318,6 +318,7 @@ FAULTS: dict[str, Callable[[Config, Stage], dict]] = {
     "data task killed": data_task_killed,
     "driver killed": stopped_from_outside(signal.SIGKILL),
     "SIGTERM": stopped_from_outside(signal.SIGTERM),
+    "Ctrl-C": stopped_from_outside(signal.SIGINT),
     "disk full in a checkpoint": disk_full,
     "shards vanish": shard_gone,
     "object store fails at times": store_failing,
@@ -350,3 +351,5 @@ if __name__ == "__main__":
     except JobFailed as error:
         print(error)
         raise SystemExit(3) from error
+    except KeyboardInterrupt as error:
+        raise SystemExit(130) from error

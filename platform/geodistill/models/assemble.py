@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import logging
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -138,6 +139,7 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, bits: int = 0):
     """
     config_of(folder)
     here = local(folder)
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns of its casts at every multiplication
     given = {"quantization_config": _quantised(bits, dtype)} if bits else {}  # None would undo that of a quantised folder
     model, info = AutoModelForImageTextToText.from_pretrained(
         here, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **given
