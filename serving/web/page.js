@@ -361,7 +361,6 @@ async function begin() {
 async function models() {
   const answer = await fetch("v1/models", { headers: headers() });
   if (!answer.ok) return trouble(await reason(answer));
-  trouble("");
   const found = (await answer.json()).data;
   $("models").append(...found.map(({ id }, at) => {
     const label = document.createElement("label");
@@ -372,5 +371,8 @@ async function models() {
   }));
 }
 
-$("token").addEventListener("change", () => $("models").querySelector("input") || models());
+$("token").addEventListener("change", () => {
+  trouble("");
+  if (!$("models").querySelector("input")) models();
+});
 const ready = begin().catch((error) => trouble(error.message));

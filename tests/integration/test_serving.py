@@ -361,7 +361,15 @@ def test_the_page(page, tmp_path, records):
     """An image is chosen, a question asked, both models answer, and the boxes are drawn: as a person does it."""
     from playwright.sync_api import expect
 
+    expect(page.locator("#models input")).to_have_count(2)
+    slow: list = []
+    page.route("**/v1/models", lambda route: slow.append(route))  # what is said before the models are known stays when they come
+    with page.expect_request("**/v1/models"):
+        page.reload()
     page.get_by_role("button", name="Describe").click()
+    expect(page.get_by_role("alert")).to_contain_text("Choose an image")
+    slow[0].continue_()
+    expect(page.locator("#models input")).to_have_count(2)
     expect(page.get_by_role("alert")).to_contain_text("Choose an image")
     (tmp_path / "scene.png").write_bytes(records[0].image)
     page.set_input_files("#file", tmp_path / "scene.png")

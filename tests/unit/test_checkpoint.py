@@ -1,5 +1,6 @@
 """Checkpoints without Ray: exact at every ZeRO stage, for any number of workers, and nothing damaged or foreign is loaded."""
 
+import concurrent.futures
 import json
 import multiprocessing
 import os
@@ -212,11 +213,13 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_it_kept(alone, tmp_path, 
     (tmp_path / "step-000002").mkdir()
     (tmp_path / "step-000002/part-00000.json.tmp").symlink_to("/dev/full")
     kept.save(run, Progress(step=2), {})
+    concurrent.futures.wait([kept.under_way[1]])
+    assert kept.failed  # known before the next checkpoint is due
     with pytest.raises(CheckpointFailed, match=r"step 2 could not be written .*No space left.* that of step 1 is kept"):
         kept.wait()
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 100}))
-    kept.save(run, Progress(step=3), {})
-    with pytest.raises(CheckpointFailed, match=r"has 0 MiB left, and this part needs"):
-        kept.wait()
+    with pytest.raises(CheckpointFailed, match=r"step 3 could not be written .*has 0 MiB left, and 0 are needed"):
+        kept.save(run, Progress(step=3), {})  # before training goes on
     monkeypatch.undo()
+    assert not kept.failed
     assert keeper(tmp_path).restore(run).progress.step == 1

@@ -74,7 +74,7 @@ class Checkpoints:
     def save(self, engine, progress: Progress, metrics: dict) -> None:
         """Copy the state; write it while training goes on, after the checkpoint before it is whole.
 
-        Raises CheckpointFailed, on all workers, where that one could not be written.
+        Raises CheckpointFailed, on all workers, where that one could not be written or there is no room for this one.
         """
         self.wait()
         tensors: dict[str, Tensor] = {}
@@ -83,6 +83,7 @@ class Checkpoints:
             state = engines.read_state(engine, parameter)
             if place % self.world == self.rank:
                 tensors |= {f"{key}/{name}": value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
+        self._need_room(progress.step, sum(value.numel() * value.element_size() for value in tensors.values()))
         about = {
             "world": self.world,
             "identity": self.identity,
@@ -107,21 +108,20 @@ class Checkpoints:
             value = written.result()
         except (OSError, SafetensorError) as found:
             error = f"worker {self.rank}: {found}"
-        errors = [None] * self.world
+        errors: list[str | None] = [None] * self.world
         dist.all_gather_object(errors, error)
-        failed = [text for text in errors if text]
-        if failed:
-            kept = f"that of step {max(self.whole)} is kept" if self.whole else "there is none before it"
-            raise CheckpointFailed(
-                f"[{self.name}] the checkpoint of step {step} could not be written to {self.folder} ({failed[0]}); {kept}. "
-                "Mend the storage (is it full?) and run the same command again: it goes on from there"
-            )
+        self._need_none(step, errors)
         self.whole[step] = value
         best = min(self.whole, key=lambda at: (self.whole[at], at))
         for old in set(sorted(self.whole)[: -self.keep]) - {best}:
             del self.whole[old]
             if self.rank == 0:
                 retried(lambda: self.files.delete_dir(_folder(old)))  # noqa: B023 - called at once
+
+    @property
+    def failed(self) -> bool:
+        """Is it known that this worker could not write its part? (not collective; wait says why, on all workers)"""
+        return self.under_way is not None and self.under_way[1].done() and self.under_way[1].exception() is not None
 
     def restore(self, engine) -> Resume:
         """Load the latest checkpoint that is whole and undamaged into the engine; without any, a run starts at step 0.
@@ -182,6 +182,32 @@ class Checkpoints:
             dist.barrier()  # nobody's folder goes before all have read
         return True
 
+    def _need_none(self, step: int, errors: list[str | None]) -> None:
+        """Raise CheckpointFailed where a worker could not write its part of `step`."""
+        failed = [text for text in errors if text]
+        if failed:
+            kept = f"that of step {max(self.whole)} is kept" if self.whole else "there is none before it"
+            raise CheckpointFailed(
+                f"[{self.name}] the checkpoint of step {step} could not be written to {self.folder} ({failed[0]}); {kept}. "
+                "Mend the storage (is it full?) and run the same command again: it goes on from there"
+            )
+
+    def _need_room(self, step: int, mine: int) -> None:
+        """Raise CheckpointFailed, on all workers, where the disk has no room for the parts (collective).
+
+        mine: bytes of this worker's part. A folder is one disk for all; what goes to an object store is written to a temporary
+        file of the worker's node first.
+        """
+        here = tempfile.gettempdir() if "://" in self.folder else self.folder
+        parts: list = [None] * self.world
+        dist.all_gather_object(parts, (mine, shutil.disk_usage(here).free))
+        errors: list[str | None] = []
+        for rank, (need, free) in enumerate(parts):
+            need = need if "://" in self.folder else sum(part for part, _ in parts)
+            told = f"worker {rank}: {here} has {free / 2**20:.0f} MiB left, and {need / 2**20:.0f} are needed"
+            errors.append(told if need > free else None)
+        self._need_none(step, errors)
+
     def _say(self, text: str) -> None:
         if self.rank == 0:
             print(f"[{self.name}] {text}", flush=True)
@@ -193,9 +219,6 @@ class Checkpoints:
         with tempfile.TemporaryDirectory() as folder:
             here = Path(folder) / "part.safetensors"
             local = Path(self.folder) / f"{part}.safetensors" if "://" not in self.folder else here
-            need, free = sum(t.numel() * t.element_size() for t in tensors.values()), shutil.disk_usage(local.parent).free
-            if need > free:
-                raise OSError(f"{local.parent} has {free / 2**20:.0f} MiB left, and this part needs {need / 2**20:.0f}")
             save_file(tensors, local)
             with local.open("rb") as file:
                 about["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()

@@ -195,11 +195,14 @@ class Run:
         return rows, self.distiller.student.prepare(torch.from_numpy(batch.pixels).to(self.device), self.stage.train.blind)
 
     def need_on(self) -> None:
-        """Raise Stopped, on all workers, once rank 0 has got the notice to stop (collective)."""
+        """Raise Stopped, on all workers, once rank 0 has got the notice to stop, and CheckpointFailed once any worker could not
+        write its part of a checkpoint (collective)."""
         told = self.rank == 0 and bool(ray.wait([self.notice], timeout=0)[0])
-        stop = torch.tensor(float(told), device=self.device)
+        stop = torch.tensor([told, self.checkpoints.failed], dtype=torch.float32, device=self.device)
         dist.all_reduce(stop)
-        if stop:
+        if stop[1]:
+            self.checkpoints.wait()
+        if stop[0]:
             raise Stopped
 
     def will_lose_a_node(self) -> bool:
