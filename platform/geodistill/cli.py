@@ -1,8 +1,12 @@
 """What every job shares: its command line, its Ray, and how it ends. The settings are checked before torch or ray is imported."""
 
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from geodistill.config import Config, ConfigError, absolute, load
 from geodistill.manual import describe, record
@@ -14,6 +18,22 @@ class JobFailed(RuntimeError):
 
 class JobStopped(JobFailed):
     """A job ended before its work was done because it was told to; the same command goes on."""
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[threading.Event]:
+    """Inside, SIGTERM raises KeyboardInterrupt, which Ray lets through as no other exception, and sets the event."""
+    told = threading.Event()
+
+    def stop(*_: Any) -> None:
+        told.set()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: not Python's
 
 
 def settings(job: str, argv: list[str] | None = None) -> Config:
@@ -51,20 +71,23 @@ def main(
     SIGTERM, 130 by Ctrl-C: the same command goes on.
     """
     config, begun, code, said = settings(job), time.time(), 1, "it broke off"
+    told = threading.Event()
     try:
         check(config)
         if needs_ray(config):
             from geodistill.cluster import connect
 
             connect()
-        work(config)
+        with sigterm_interrupts() as told:  # behind `connect`: Ray has a handler of its own, which exits with 15
+            work(config)
         code, said = 0, "done"
     except (ValueError, OSError, JobFailed) as error:
         code, said = 3 if isinstance(error, JobStopped) else 2 if isinstance(error, ConfigError) else 1, str(error)
         print(f"{job}: {error}", file=sys.stderr)
         raise SystemExit(code) from error
     except KeyboardInterrupt as error:
-        code, said = 130, "stopped by Ctrl-C; the same command goes on"
+        code, by = (3, "SIGTERM") if told.is_set() else (130, "Ctrl-C")
+        said = f"stopped by {by}; the same command goes on"
         print(f"{job}: {said}", file=sys.stderr)
         raise SystemExit(code) from error
     except BaseException as error:

@@ -10,22 +10,24 @@ import hashlib
 import json
 import os
 import re
-import signal
-import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from pyarrow.fs import FileType
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, Searcher
+from ray.tune.search.optuna import OptunaSearch
 
-from geodistill.cli import JobStopped
-from geodistill.cluster import Nodes, need, places, total
+from geodistill.cli import JobStopped, sigterm_interrupts
+from geodistill.cluster import Nodes, answering, need, places, total
 from geodistill.config import Config, ConfigError, as_yaml, changed, search_space
 from geodistill.data.files import (
     exists,
@@ -44,7 +46,7 @@ from geodistill.evaluate.tables import Table
 from geodistill.train.stage import Stage, stages
 from geodistill.train.trainer import bundles_of, fit, lacking, settings_of
 
-JOURNAL = "decisions.jsonl"
+JOURNAL, SUGGESTED = "decisions.jsonl", "suggestions.jsonl"
 STEP = "step"  # the measure of time that trials report
 
 
@@ -74,16 +76,48 @@ def one(config: Config, values: dict[str, Any]) -> tuple[Config, list[Stage]]:
     return config, [*shared, replace(loop, name=f"sweep/{name}", folder=f"{folder}/trials/{name}", weights=start)]
 
 
-def trial(values: dict[str, Any], config: Config) -> None:
-    """What Tune runs: report what this trial had reported before it was interrupted, then go on."""
+def trial(values: dict[str, Any], config: Config, parallel: int) -> None:
+    """What Tune runs, `parallel` at once: report what this trial had reported before it was interrupted, then go on."""
     config, (*warm, loop) = one(config, values)
+    turn = partial(place, config, parallel)
     with lock(loop.folder):  # random search and Optuna may draw the same values twice: the second finds what the first has left
         for row in reported(loop.folder):
             tune.report(row)
         for stage in warm:
             with lock(stage.folder):  # one trial trains it, the others wait for it
-                fit(config, stage)
-        fit(config, loop, callbacks=[TuneReportCallback()])
+                fit(config, stage, turn=turn)
+        fit(config, loop, callbacks=[TuneReportCallback()], turn=turn)
+
+
+@contextmanager
+def place(config: Config, parallel: int) -> Iterator[None]:
+    """Held by a trial while it has workers. Where a node is lost, fewer trials than `parallel` fit beside each other: were all to
+    begin again, their workers could take every CPU, and none would be left for data."""
+    folder = f"{config.run}/sweep"
+    places = [lock(f"{folder}/place-{i}") for i in range(parallel)]
+    while True:
+        fits = max(1, at_once(config, answering()))
+        with lock(f"{folder}/places"):  # the trials' processes are all on the head
+            free = [one for one in places if _taken(one)]
+            mine = free[0] if free and parallel - len(free) < fits else None
+            for one in free:
+                if one is not mine:
+                    one.release()
+        if mine:
+            break
+        time.sleep(5)
+    try:
+        yield
+    finally:
+        mine.release()
+
+
+def _taken(one: FileLock) -> bool:
+    try:
+        one.acquire(blocking=False)
+    except Timeout:
+        return False
+    return True
 
 
 def reported(folder: str) -> list[dict]:
@@ -123,6 +157,29 @@ class Remembered(AsyncHyperBandScheduler):
         return self.taken[key]
 
 
+class Suggestions(OptunaSearch):
+    """Optuna whose suggestions are written down. It learns from trials in the order in which they end, and that is another one
+    when trials beside each other are reported again: after an interruption what had been drawn is drawn first, in that order."""
+
+    def __init__(self, folder: str, seed: int, parallel: int, **options: Any):
+        """folder: where suggestions.jsonl lies; parallel: trials beside each other. One after another they come again as they
+        were by the seed alone."""
+        self.files = open_folder(folder, create=True)
+        self.rows = read_lines(self.files, SUGGESTED)
+        self.drawn = 0
+        again = self.rows if parallel > 1 else []
+        super().__init__(seed=seed + len(again), points_to_evaluate=list(again), **options)  # same seed: same draws once more
+
+    def suggest(self, trial_id: str) -> dict | None:
+        values = super().suggest(trial_id)
+        if values is not None:
+            self.drawn += 1
+            if self.drawn > len(self.rows):
+                self.rows.append(values)
+                write_text(self.files, SUGGESTED, "".join(json.dumps(row) + "\n" for row in self.rows))
+        return values
+
+
 def at_once(config: Config, nodes: Nodes) -> int:
     """How many trials can run beside each other on `nodes`: all their workers, and half a CPU for data."""
     cluster = config.cluster
@@ -148,13 +205,12 @@ def searcher(config: Config, parallel: int) -> tuple[Searcher | BasicVariantGene
         return BasicVariantGenerator(max_concurrent=parallel, random_state=config.seed), domains, sweep.trials
     try:
         import optuna
-        from ray.tune.search.optuna import OptunaSearch
     except ImportError as error:
         raise ConfigError(
             "sweep.search=optuna needs optuna: pip install 'geodistill[sweep]', or set sweep.search=random"
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    found = OptunaSearch(seed=config.seed, metric=sweep.metric, mode=sweep.mode)
+    found = Suggestions(f"{config.run}/sweep", config.seed, parallel, metric=sweep.metric, mode=sweep.mode)
     return ConcurrencyLimiter(found, max_concurrent=parallel), domains, sweep.trials
 
 
@@ -197,7 +253,7 @@ def sweep(config: Config) -> dict:
         files.delete_dir("tune")  # Ray's own record of a run that was interrupted; not read
     store, path = located(folder)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(trial, config=config), {"node:__internal_head__": 0.001}),
+        tune.with_resources(tune.with_parameters(trial, config=config, parallel=parallel), {"node:__internal_head__": 0.001}),
         param_space=space,
         tune_config=tune.TuneConfig(
             metric=options.metric,
@@ -227,21 +283,13 @@ def run(tuner: tune.Tuner) -> tune.ResultGrid:
 
     Raises JobStopped after SIGTERM, KeyboardInterrupt after Ctrl-C, which Tune would take for the end of the sweep.
     """
-    told = threading.Event()
-
-    def stop(*_: Any) -> None:
-        told.set()
-        raise KeyboardInterrupt  # an Exception could be taken for that of a trial
-
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        return tuner.fit()
-    except KeyboardInterrupt:
-        if not told.is_set():
-            raise
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: not Python's
+    with sigterm_interrupts() as told:
+        try:
+            return tuner.fit()
+        except KeyboardInterrupt:
+            if not told.is_set():
+                raise
     raise JobStopped("the sweep was stopped; the same command goes on, trials that ran from their last checkpoints")
 
 

@@ -371,8 +371,8 @@ async function models() {
   }));
 }
 
+let ready = begin().catch((error) => trouble(error.message)); // `ask` waits for it
 $("token").addEventListener("change", () => {
   trouble("");
-  if (!$("models").querySelector("input")) models();
+  ready = ready.then(() => $("models").querySelector("input") || models()).catch((error) => trouble(error.message));
 });
-const ready = begin().catch((error) => trouble(error.message));

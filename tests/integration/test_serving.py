@@ -350,7 +350,7 @@ def page(address):
         page = browser.new_page(viewport={"width": 1100, "height": 800})
         troubles: list[str] = []
         page.on("pageerror", lambda error: troubles.append(str(error)))
-        page.on("console", lambda line: troubles.append(line.text) if line.type == "error" else None)
+        page.on("console", lambda line: troubles.append(line.text) if line.type == "error" and "401" not in line.text else None)
         page.goto(address)
         yield page
         assert not troubles
@@ -417,6 +417,34 @@ def test_the_page(page, tmp_path, records):
     expect(page.get_by_role("alert")).to_contain_text("Draw a larger box")
     page.set_input_files("#file", tmp_path / "scene.png")  # the same file once more
     expect(page.locator("#about")).to_contain_text("scene.png")
+
+
+def test_a_token_that_is_sent_with_the_question(page):
+    """Enter in its field both changes it and asks: the question waits for the models that it opens."""
+    from playwright.sync_api import expect
+
+    slow: list = []
+
+    def models(route) -> None:
+        if "authorization" in route.request.headers:
+            slow.append(route)
+        else:
+            route.fulfill(status=401, json={"error": {"message": "this endpoint needs a token"}})
+
+    expect(page.locator("#models input")).to_have_count(2)
+    page.route("**/v1/models", models)
+    page.reload()
+    expect(page.get_by_role("alert")).to_contain_text("needs a token")
+    page.locator("#samples button").first.click()
+    expect(page.locator("#about")).to_contain_text("64 × 64")
+    page.get_by_label("Question", exact=True).fill("How many buildings are there?")
+    page.locator("#token").fill("secret")
+    with page.expect_request("**/v1/models"):
+        page.locator("#token").press("Enter")
+    page.wait_for_timeout(100)
+    slow[0].continue_()
+    expect(page.locator(".answer:not(.writes) p")).to_have_count(2, timeout=30_000)
+    expect(page.get_by_role("alert")).to_be_hidden()
 
 
 def test_the_page_on_a_phone_and_with_a_geotiff(page, tmp_path):

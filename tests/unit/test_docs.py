@@ -1,8 +1,11 @@
 """Pages that are made from the code are those that are there, and what documents point to exists."""
 
 import json
+import os
 import re
 import shlex
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -60,6 +63,11 @@ def test_a_run_folder_tells_what_it_holds_and_how_its_jobs_ended(tmp_path, monke
     rows = [json.loads(line) for line in (tmp_path / "run/jobs.jsonl").read_text().splitlines()]
     goes_on = "stopped by Ctrl-C; the same command goes on"
     assert [(row["exit"], row["said"]) for row in rows] == [(0, "done"), (1, "the disk is gone"), (130, goes_on)]
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="3"):
+        main("finetune", lambda config: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(10)), needs_ray=lambda config: False)
+    assert "exit code 3: stopped by SIGTERM" in (tmp_path / "run/README.md").read_text()
+    assert signal.getsignal(signal.SIGTERM) == before
     assert rows[0]["arguments"] == arguments and rows[0]["begun"] <= rows[0]["ended"]
     monkeypatch.setattr("sys.argv", ["jobs/finetune.py", *arguments[:2], f"run={tmp_path}/none"])
     main("finetune", lambda config: None, needs_ray=lambda config: False)

@@ -5,18 +5,31 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
 from geodistill.cli import JobStopped
 from geodistill.config import ConfigError, Domain, ModelConfig, VisionConfig, absolute, load, search_space
 from geodistill.evaluate.plots import heat_map, parallel_coordinates
 from geodistill.models import assemble
-from geodistill.sweep import Remembered, at_once, keep_best, name_of, reported, summary, sweep_figure, sweep_table
+from geodistill.sweep import (
+    Remembered,
+    Suggestions,
+    at_once,
+    keep_best,
+    name_of,
+    place,
+    reported,
+    summary,
+    sweep_figure,
+    sweep_table,
+)
 from geodistill.sweep import run as ended
 
 STAGES = ("teacher.train", "student.train", "distill.warm_start", "distill.train")
@@ -70,15 +83,76 @@ def test_names_of_trials():
     assert name_of({RATE: 0.000123456789}) == "train.learning_rate=0.000123457"
 
 
-def test_trials_at_once_leave_half_a_cpu_for_data():
-    def of(*overrides: str):
-        return load(
-            None, [f"{t}.images_per_micro_batch=8" for t in STAGES] + [f"{t}.images_per_step=32" for t in STAGES] + [*overrides]
-        )
+def of(*overrides: str):
+    return load(
+        None, [f"{t}.images_per_micro_batch=8" for t in STAGES] + [f"{t}.images_per_step=32" for t in STAGES] + [*overrides]
+    )
 
+
+def test_trials_at_once_leave_half_a_cpu_for_data():
     assert [at_once(of("cluster.workers=2"), [{"CPU": cpus}]) for cpus in (2, 2.5, 4.5, 8)] == [0, 1, 2, 3]
     assert at_once(of("cluster.workers=2", "sweep.at_once=1"), [{"CPU": 64}]) == 1
     assert at_once(of("cluster.workers=4", "cluster.use_gpu=true"), [{"CPU": 64, "GPU": 6}]) == 1
+
+
+def test_fewer_trials_begin_again_where_a_node_is_lost(tmp_path, monkeypatch):
+    """Two beside each other on 4 CPUs would leave none for data: the one that still runs is counted."""
+    config, have = of(f"run={tmp_path}", "cluster.workers=2"), [{"CPU": 4.0}, {"CPU": 4.0}]
+    monkeypatch.setattr("geodistill.sweep.answering", lambda: have)
+    monkeypatch.setattr("geodistill.sweep.time.sleep", lambda seconds: threading.Event().wait(0.01))
+    ends, begun = [threading.Event() for _ in range(3)], []
+
+    def run(number: int) -> None:
+        with place(config, 3):
+            begun.append(number)
+            ends[number].wait(10)
+
+    trials = [threading.Thread(target=run, args=(number,)) for number in range(3)]
+    for count, one in enumerate(trials[:2], 1):
+        one.start()
+        until(lambda count=count: len(begun) == count)
+    del have[0]
+    trials[2].start()
+    ends[0].set()
+    trials[0].join()
+    threading.Event().wait(0.3)
+    assert begun == [0, 1]
+    ends[1].set()
+    until(lambda: begun == [0, 1, 2])
+    ends[2].set()
+    for one in trials[1:]:
+        one.join()
+
+
+def until(is_so) -> None:
+    for _ in range(1000):
+        if is_so():
+            return
+        threading.Event().wait(0.01)
+    raise TimeoutError
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_what_was_drawn_is_drawn_again_whatever_ends_first(tmp_path, parallel):
+    pytest.importorskip("optuna")
+
+    def search() -> Suggestions:
+        found = Suggestions(str(tmp_path), 0, parallel, metric="loss", mode="min")
+        found.set_search_properties("loss", "min", {RATE: tune.loguniform(1e-6, 1e-2)})
+        return found
+
+    def drawn(found: Suggestions, count: int, late: int) -> list[float]:
+        values = list[float]()
+        for number in range(count):
+            values.append(found.suggest(str(number))[RATE])
+            if number != late:
+                found.on_trial_complete(str(number), {"loss": values[-1]})
+        return values
+
+    before = drawn(search(), 12, late=0 if parallel > 1 else -1)
+    after = drawn(search(), 20, late=-1)
+    assert after[:12] == before and len(set(after)) == 20
+    assert len((tmp_path / "suggestions.jsonl").read_text().splitlines()) == 20
 
 
 def rows(folder, values):

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from geodistill.benchmarks import storage
 from geodistill.benchmarks.data import raylet
 from geodistill.benchmarks.scaling import ready
-from geodistill.cli import JobFailed
+from geodistill.cli import JobFailed, JobStopped
 from geodistill.config import Config, changed
 from geodistill.data.files import open_folder
 from geodistill.evaluate.tables import Table
@@ -348,7 +348,7 @@ if __name__ == "__main__":
     asked: tuple[Config, Stage] = pickle.loads(Path(sys.argv[1]).read_bytes())
     try:
         fit(*asked, faulty("none"))
-    except JobFailed as error:
+    except JobStopped as error:
         print(error)
         raise SystemExit(3) from error
     except KeyboardInterrupt as error:

@@ -10,6 +10,7 @@ sampled tokens, dropout, the learning rate. A loss scaler does not exist: float3
 """
 
 import hashlib
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -203,7 +204,8 @@ class Checkpoints:
         dist.all_gather_object(parts, (mine, shutil.disk_usage(here).free))
         errors: list[str | None] = []
         for rank, (need, free) in enumerate(parts):
-            need = need if "://" in self.folder else sum(part for part, _ in parts)
+            if "://" not in self.folder:  # rank 0 has just deleted the oldest one: the others may have looked before that
+                need, free = sum(part for part, _ in parts), parts[0][1]
             told = f"worker {rank}: {here} has {free / 2**20:.0f} MiB left, and {need / 2**20:.0f} are needed"
             errors.append(told if need > free else None)
         self._need_none(step, errors)
@@ -224,7 +226,8 @@ class Checkpoints:
                 about["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
             if local == here:
                 retried(lambda: fs.copy_files(str(here), f"{part}.safetensors", fs.LocalFileSystem(), self.files))
-        write_json(self.files, f"{part}.json", about)
+        about = json.loads(json.dumps(about))  # as it will be read
+        write_json(self.files, f"{part}.json", {**about, "digest": _digest(about)})
         return about["progress"]["last"]
 
     def _known(self) -> tuple[dict[int, list[dict]], list[int], list[str]]:
@@ -249,9 +252,12 @@ class Checkpoints:
 
     def _read(self, name: str) -> dict:
         try:
-            return read_json(self.files, name)
+            about = read_json(self.files, name)
         except ValueError as error:
             raise Damaged(f"{self.folder}/{name} is not JSON") from error
+        if about.pop("digest", "") != _digest(about):
+            raise Damaged(f"{self.folder}/{name} says other things than were written")
+        return about
 
     def _fetch(self, step: int, part: int, sha256: str, folder: Path) -> Path:
         """A local file with the tensors of a part; raises Damaged where it is not the one that was written."""
@@ -299,6 +305,10 @@ def newest_step(folder: str) -> int:
 
 def _folder(step: int) -> str:
     return f"step-{step:06d}"
+
+
+def _digest(about: dict) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def _progress(part: dict) -> Progress:

@@ -26,10 +26,7 @@ class Notice:
 
 @contextmanager
 def notice_of_sigterm() -> Iterator[tuple[Any, threading.Event]]:
-    """(a Notice, an event): inside, SIGTERM to this process gives the one and sets the other, in place of ending the process.
-
-    Outside, Ctrl-C does again what it did before, whatever Ray Train has made of it.
-    """
+    """(a Notice, an event): inside, SIGTERM to this process gives the one and sets the other, in place of ending the process."""
     # on the node of this process: what a lost node held would be taken for the notice
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     notice: Any = ray.remote(Notice).options(num_cpus=0, scheduling_strategy=here).remote()
@@ -57,14 +54,13 @@ def _sigterm(notice: Any) -> Iterator[threading.Event]:
         told.set()
         wakes.set()
 
-    before, interrupt = signal.signal(signal.SIGTERM, on_signal), signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGTERM, on_signal)
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()
     try:
         yield told
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: not Python's
-        signal.signal(signal.SIGINT, interrupt or signal.SIG_DFL)  # Ray Train leaves its own, for which nothing stops any more
         ended.set()
         wakes.set()
         teller.join()

@@ -16,7 +16,7 @@ from tensorboardX import SummaryWriter
 from torch import Tensor
 
 from geodistill.config import Config
-from geodistill.data.files import exists, open_folder, read_lines, read_text, upload
+from geodistill.data.files import exists, open_folder, read_lines, read_text, upload, write_text
 from geodistill.train.checkpoint import Resume
 from geodistill.train.collapse import Watch
 from geodistill.train.stage import Stage
@@ -42,7 +42,7 @@ class Reporter:
             self.published = time.time()
             files = open_folder(stage.folder)
             rows = [row for row in read_lines(files, "metrics.jsonl") if row["step"] <= start.step]
-            (self.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            write_text(open_folder(str(self.folder)), "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
             for name in ("warnings.jsonl", "mlflow.txt"):
                 if self.apart and exists(files, name):
                     (self.folder / name).write_text(read_text(files, name))

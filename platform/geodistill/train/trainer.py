@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -176,12 +178,18 @@ def check_shards(config: Config, stage: Stage) -> None:
             )
 
 
-def fit(config: Config, stage: Stage, work: Callable[[dict], dict] | None = None, callbacks: Sequence[UserCallback] = ()) -> None:
+def fit(
+    config: Config,
+    stage: Stage,
+    work: Callable[[dict], dict] | None = None,
+    callbacks: Sequence[UserCallback] = (),
+    turn: Callable[[], AbstractContextManager] = nullcontext,
+) -> None:
     """Train one stage to its end, on fewer workers and again where some are lost (cluster.min_workers, cluster.max_failures).
 
     work: what every worker runs in place of loop.worker (faults are injected through it); callbacks: Ray Train's, of what workers
-    report at each validation. Raises ValueError for what the user can mend, TrainingFailed for what broke on the way, JobStopped
-    after SIGTERM.
+    report at each validation; turn: what is held while there are workers, where others want them too. Raises ValueError for what
+    the user can mend, TrainingFailed for what broke on the way, JobStopped after SIGTERM.
     """
     config = on_shards(config, stage.train.shards)
     check_stage(config, stage)
@@ -200,13 +208,18 @@ def fit(config: Config, stage: Stage, work: Callable[[dict], dict] | None = None
         began, at, failures = time.time(), newest_step(where), 0
         while True:
             try:
-                step = _attempt(config, stage, identity, workers, work or _worker, notice, callbacks)["step"]
+                with turn():
+                    if failures:
+                        workers = workers_of(config, stage, told, again=True)
+                    step = _attempt(config, stage, identity, workers, work or _worker, notice, callbacks)["step"]
                 break
             except TrainingFailedError as error:
                 reason = reason_of(error)
                 now = newest_step(where)
                 failures = 1 if now > at else failures + 1
                 at = now
+                if told.is_set():
+                    raise _stopped(stage, at) from error
                 limit = retries(reason, config.cluster.max_failures)
                 said = f"[{stage.name}] {_last_line(reason).removeprefix(f'[{stage.name}] ')}"
                 if failures > limit:
@@ -216,14 +229,17 @@ def fit(config: Config, stage: Stage, work: Callable[[dict], dict] | None = None
                     flush=True,
                 )
                 print(f"[{stage.name}] waits up to {config.cluster.wait:.0f} s for workers", flush=True)
-                workers = workers_of(config, stage, told, again=True)
     if step < stage.train.steps:
-        raise JobStopped(f"[{stage.name}] stopped at step {step} of {stage.train.steps}; run the same command again to go on")
+        raise _stopped(stage, step)
     seconds = time.time() - began
     write_json(files, "done.json", {"seconds": seconds, "settings": settings})
     print(f"[{stage.name}] done in {seconds:.0f} s: {stage.folder}/model", flush=True)
     if told.is_set():
         raise JobStopped(f"[{stage.name}] was done when SIGTERM came; run the same command again for what comes next")
+
+
+def _stopped(stage: Stage, step: int) -> JobStopped:
+    return JobStopped(f"[{stage.name}] stopped at step {step} of {stage.train.steps}; run the same command again to go on")
 
 
 def _worker(job: dict) -> dict:
@@ -257,9 +273,21 @@ def _attempt(config: Config, stage: Stage, identity: str, workers: int, work: Ca
         ),
     )
     try:
-        return cast(Any, trainer.fit()).return_value
+        with _ctrl_c_kept():
+            return cast(Any, trainer.fit()).return_value
     except SystemExit as error:  # of Ray Train's handler of Ctrl-C, when the workers are gone
         raise KeyboardInterrupt from error
+
+
+@contextmanager
+def _ctrl_c_kept() -> Iterator[None]:
+    """Behind it Ctrl-C does again what it did: Ray Train leaves a handler of its own, for which nothing stops any more."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():  # Python has signals for the main thread alone
+            signal.signal(signal.SIGINT, before or signal.SIG_DFL)  # None: not Python's
 
 
 def reason_of(error: BaseException) -> BaseException:
