@@ -80,6 +80,8 @@ def main(
             connect()
         with sigterm_interrupts() as told:  # behind `connect`: Ray has a handler of its own, which exits with 15
             work(config)
+        if told.is_set():
+            raise JobStopped("stopped by SIGTERM; the same command goes on")
         code, said = 0, "done"
     except (ValueError, OSError, JobFailed) as error:
         code, said = 3 if isinstance(error, JobStopped) else 2 if isinstance(error, ConfigError) else 1, str(error)

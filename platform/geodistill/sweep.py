@@ -159,23 +159,23 @@ class Remembered(AsyncHyperBandScheduler):
 
 class Suggestions(OptunaSearch):
     """Optuna whose suggestions are written down. It learns from trials in the order in which they end, and that is another one
-    when trials beside each other are reported again: after an interruption what had been drawn is drawn first, in that order."""
+    when trials beside each other are reported again: after an interruption what had been drawn is drawn first, in that order.
+    What trials one after another have drawn comes again by the seed alone, as does all that follows."""
 
     def __init__(self, folder: str, seed: int, parallel: int, **options: Any):
-        """folder: where suggestions.jsonl lies; parallel: trials beside each other. One after another they come again as they
-        were by the seed alone."""
+        """folder: where suggestions.jsonl lies; parallel: trials beside each other."""
         self.files = open_folder(folder, create=True)
         self.rows = read_lines(self.files, SUGGESTED)
-        self.drawn = 0
-        again = self.rows if parallel > 1 else []
-        super().__init__(seed=seed + len(again), points_to_evaluate=list(again), **options)  # same seed: same draws once more
+        self.drawn, self.alone = 0, parallel == 1 and all(row["alone"] for row in self.rows)
+        again = [] if self.alone else [row["values"] for row in self.rows]
+        super().__init__(seed=seed + len(again), points_to_evaluate=again, **options)  # the same seed would draw those again
 
     def suggest(self, trial_id: str) -> dict | None:
         values = super().suggest(trial_id)
         if values is not None:
             self.drawn += 1
             if self.drawn > len(self.rows):
-                self.rows.append(values)
+                self.rows.append({"values": values, "alone": self.alone})
                 write_text(self.files, SUGGESTED, "".join(json.dumps(row) + "\n" for row in self.rows))
         return values
 

@@ -238,7 +238,7 @@ async function ask() {
   if (!question) return trouble("Write a question, or take one of the tasks.");
   await ready;
   const models = [...document.querySelectorAll("#models input:checked")].map((box) => box.value);
-  if (!models.length) return trouble("Choose a model.");
+  if (!models.length) return $("trouble").textContent || trouble("Choose a model."); // why there are none may stand there
   if (asking) asking.abort();
   const mine = (asking = new AbortController());
   answers = models.map((model) => ({ model, question, text: "", boxes: [] }));

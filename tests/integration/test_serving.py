@@ -426,7 +426,7 @@ def test_a_token_that_is_sent_with_the_question(page):
     slow: list = []
 
     def models(route) -> None:
-        if "authorization" in route.request.headers:
+        if route.request.headers.get("authorization") == "Bearer secret":
             slow.append(route)
         else:
             route.fulfill(status=401, json={"error": {"message": "this endpoint needs a token"}})
@@ -438,6 +438,9 @@ def test_a_token_that_is_sent_with_the_question(page):
     page.locator("#samples button").first.click()
     expect(page.locator("#about")).to_contain_text("64 × 64")
     page.get_by_label("Question", exact=True).fill("How many buildings are there?")
+    page.locator("#token").fill("wrong")
+    page.locator("#token").press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("needs a token")
     page.locator("#token").fill("secret")
     with page.expect_request("**/v1/models"):
         page.locator("#token").press("Enter")

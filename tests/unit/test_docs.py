@@ -1,5 +1,6 @@
 """Pages that are made from the code are those that are there, and what documents point to exists."""
 
+import contextlib
 import json
 import os
 import re
@@ -68,6 +69,14 @@ def test_a_run_folder_tells_what_it_holds_and_how_its_jobs_ended(tmp_path, monke
         main("finetune", lambda config: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(10)), needs_ray=lambda config: False)
     assert "exit code 3: stopped by SIGTERM" in (tmp_path / "run/README.md").read_text()
     assert signal.getsignal(signal.SIGTERM) == before
+
+    def serves(config):
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+    with pytest.raises(SystemExit, match="3"):
+        main("finetune", serves, needs_ray=lambda config: False)
     assert rows[0]["arguments"] == arguments and rows[0]["begun"] <= rows[0]["ended"]
     monkeypatch.setattr("sys.argv", ["jobs/finetune.py", *arguments[:2], f"run={tmp_path}/none"])
     main("finetune", lambda config: None, needs_ray=lambda config: False)

@@ -132,11 +132,11 @@ def until(is_so) -> None:
     raise TimeoutError
 
 
-@pytest.mark.parametrize("parallel", [1, 2])
-def test_what_was_drawn_is_drawn_again_whatever_ends_first(tmp_path, parallel):
+@pytest.mark.parametrize(("before", "now"), [(1, 1), (2, 2), (2, 1), (1, 2)])
+def test_what_was_drawn_is_drawn_again_whatever_ends_first(tmp_path, before, now):
     pytest.importorskip("optuna")
 
-    def search() -> Suggestions:
+    def search(parallel: int) -> Suggestions:
         found = Suggestions(str(tmp_path), 0, parallel, metric="loss", mode="min")
         found.set_search_properties("loss", "min", {RATE: tune.loguniform(1e-6, 1e-2)})
         return found
@@ -149,10 +149,12 @@ def test_what_was_drawn_is_drawn_again_whatever_ends_first(tmp_path, parallel):
                 found.on_trial_complete(str(number), {"loss": values[-1]})
         return values
 
-    before = drawn(search(), 12, late=0 if parallel > 1 else -1)
-    after = drawn(search(), 20, late=-1)
-    assert after[:12] == before and len(set(after)) == 20
-    assert len((tmp_path / "suggestions.jsonl").read_text().splitlines()) == 20
+    first = drawn(search(before), 12, late=0 if before > 1 else -1)
+    second = drawn(search(now), 20, late=-1)
+    third = drawn(search(now), 24, late=-1)
+    assert second[:12] == first and third[:20] == second and len(set(third)) == 24
+    rows = [json.loads(line) for line in (tmp_path / "suggestions.jsonl").read_text().splitlines()]
+    assert [row["values"][RATE] for row in rows] == third
 
 
 def rows(folder, values):

@@ -3,11 +3,13 @@
 import json
 import signal
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+from ray.train import TrainingFailedError
 
 from geodistill import cluster
 from geodistill.cli import JobStopped
@@ -19,7 +21,16 @@ from geodistill.train.checkpoint import CheckpointFailed
 from geodistill.train.loop import NotFinite, learning_rate
 from geodistill.train.notice import _sigterm
 from geodistill.train.stage import stages
-from geodistill.train.trainer import check_stage, is_finished, reason_of, retries, settings_of, workers_of, workers_that_fit
+from geodistill.train.trainer import (
+    TrainingFailed,
+    check_stage,
+    is_finished,
+    reason_of,
+    retries,
+    settings_of,
+    workers_of,
+    workers_that_fit,
+)
 
 
 @pytest.fixture(scope="module")
@@ -201,3 +212,33 @@ def test_ray_trains_exit_after_ctrl_c_is_a_ctrl_c(run, monkeypatch):
     (stage,) = stages(config, "finetune")
     with pytest.raises(KeyboardInterrupt):
         trainer._attempt(config, stage, "", 1, print, SimpleNamespace(wait=SimpleNamespace(remote=list)), ())
+
+
+@pytest.mark.parametrize(
+    ("reason", "told", "ends", "said"),
+    [
+        (RuntimeError("connection closed by peer"), True, JobStopped, "stopped at step 8 of"),
+        (CheckpointFailed("no space left"), True, TrainingFailed, "no space left"),
+        (CheckpointFailed("no space left"), False, TrainingFailed, "no space left"),
+    ],
+)
+def test_what_ends_a_stage_that_fails_while_it_is_told_to_stop(run, tmp_path, monkeypatch, reason, told, ends, said):
+    """A worker that is lost then is no reason to begin again; one that could not write its checkpoint is named."""
+    config, given = settings(run), threading.Event()
+    (stage,) = stages(config, "finetune")
+
+    class Failed(TrainingFailedError):
+        worker_failures = {0: reason}  # noqa: RUF012
+
+        def __init__(self) -> None: ...
+
+    def attempt(*_):
+        if told:
+            given.set()
+        raise Failed
+
+    for name, value in {"notice_of_sigterm": lambda: nullcontext((None, given)), "workers_of": lambda *_, **__: 1,
+                        "newest_step": lambda _: 8, "_attempt": attempt}.items():  # fmt: skip
+        monkeypatch.setattr(trainer, name, value)
+    with pytest.raises(ends, match=said):
+        trainer.fit(config, replace(stage, folder=str(tmp_path / "stage")))

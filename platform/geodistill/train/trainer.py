@@ -209,7 +209,7 @@ def fit(
         while True:
             try:
                 with turn():
-                    if failures:
+                    if failures or turn is not nullcontext:  # nodes may have gone meanwhile
                         workers = workers_of(config, stage, told, again=True)
                     step = _attempt(config, stage, identity, workers, work or _worker, notice, callbacks)["step"]
                 break
@@ -218,7 +218,7 @@ def fit(
                 now = newest_step(where)
                 failures = 1 if now > at else failures + 1
                 at = now
-                if told.is_set():
+                if told.is_set() and not _is_ours(reason):
                     raise _stopped(stage, at) from error
                 limit = retries(reason, config.cluster.max_failures)
                 said = f"[{stage.name}] {_last_line(reason).removeprefix(f'[{stage.name}] ')}"
