@@ -219,7 +219,8 @@ def sweep(config: Config) -> dict:
 
     Raises ValueError where nothing can run, JobStopped after SIGTERM, KeyboardInterrupt after Ctrl-C: the same command goes on.
 
-    Writes run/sweep: trials/NAME (as distill has them), warm/, decisions.jsonl, sweep.json, sweep.png, best/model.
+    Writes run/sweep: trials/NAME (as distill has them), warm/, decisions.jsonl, suggestions.jsonl (Optuna), sweep.json,
+    sweep.png, best/model.
     """
     folder, options = f"{config.run}/sweep", config.sweep
     files, asked = open_folder(folder, create=True), as_yaml(replace(config, resume=False))
